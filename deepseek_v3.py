@@ -9,8 +9,8 @@ What is unusual here, if you know GPT-2 or Llama:
   * extra blocks learn to predict the token after next; at inference they draft (MTP).
 
 Reading map, top to bottom; what a part uses stands above it, but for helpers named with their section:
-  1 config   2 RoPE, YaRN   3 cache, masks   4 attention   5 experts   6 block, MTP   7 model, heads
-  8 losses, balancing   9 looking inside   10 generation   11 checkpoints   12 training   13 commands
+  1 config   2 RoPE   3 cache, masks   4 attention   5 experts   6 block, MTP   7 model, heads
+  8 losses, balancing   9 YaRN   10 looking inside   11 generation   12 checkpoints
   tokens -> embed_tokens -> layers[:L] -> norm -> lm_head; layers[L:] are the MTP modules.
 
 Letters in shape comments and einsum = report's symbol = config field (released value):
@@ -43,11 +43,15 @@ References: DeepSeek-V3 arXiv 2412.19437 (equations and sections are its), DeepS
 YaRN 2309.00071, loss-free balancing 2408.15664.
 """
 
+import argparse
 import dataclasses
 import difflib
 import fnmatch
 import json
 import math
+import sys
+import sysconfig
+import time
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,12 +59,16 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.decoders import DecodeStream
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 # ---- 1. Config — the released config.json, report §4.2 -----------------------------------------
 
@@ -90,7 +98,6 @@ class DeepseekV3Config:
     qk_rope_head_dim: int = 64  # R
     v_head_dim: int = 128  # V
     attention_bias: bool = False
-    attention_dropout: int | float = 0.0
     # Feed-forward and experts, §2.1.2
     intermediate_size: int = 18432  # F of a dense layer
     moe_intermediate_size: int = 2048  # F of an expert
@@ -102,9 +109,6 @@ class DeepseekV3Config:
     topk_group: int = 4  # groups that a token may visit, the report's M nodes
     norm_topk_prob: bool = True
     routed_scaling_factor: int | float = 2.5
-    scoring_func: str = "sigmoid"
-    topk_method: str = "noaux_tc"
-    hidden_act: str = "silu"
     # Positions, §4.3
     max_position_embeddings: int = 163840
     rope_theta: int | float = 10000.0
@@ -121,7 +125,7 @@ class DeepseekV3Config:
     balance_loss_weight: int | float = 0.0001  # α, Eq. 17
 
     def __init__(self, **given):
-        for name, value in config_values(given).items():  # section 11, as are the checks
+        for name, value in config_values(given).items():  # section 12, as are the checks
             setattr(self, name, value)
         check_config(self)
 
@@ -146,19 +150,19 @@ class DeepseekV3Config:
     def to_dict(self):
         """Every field and every kept key, as config.json has them."""
         known = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {"model_type": "deepseek_v3"} | known | self.extra
+        return FIXED_KEYS | known | self.extra
 
     @classmethod
     def from_pretrained(cls, directory, **overrides):
         """Read directory/config.json; ValueError or FileNotFoundError names what is wrong."""
-        return cls(**({"model_type": "deepseek_v3"} | read_json(directory, "config.json") | overrides))
+        return cls(**(FIXED_KEYS | read_json(directory, "config.json") | overrides))
 
     def save_pretrained(self, directory):
         """Write directory/config.json."""
         write_json(directory, "config.json", self.to_dict())
 
 
-# ---- 2. Rotary positions — RoPE §2.1.1, YaRN §4.3 ----------------------------------------------
+# ---- 2. Rotary positions — RoPE, §2.1.1 ---------------------------------------------------------
 
 
 def upcast(x):
@@ -178,42 +182,11 @@ class Float32Buffers(nn.Module):
         return self
 
 
-def yarn_mscale(factor, mscale):
-    """YaRN's temperature, 0.1 · mscale · ln s + 1, for a context stretched s = factor times."""
-    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-
-def yarn_correction_range(config):
-    """First and last rotary pair that YaRN blends; (10, 23) as released.
-
-    Pairs that turn more than beta_fast times over the original context keep their frequency; those
-    that turn less than beta_slow times are slowed `factor` times.
-    """
-    yarn, R = config.rope_scaling, config.qk_rope_head_dim
-
-    def pair_that_turns(times):
-        length = yarn["original_max_position_embeddings"]
-        return R * math.log(length / (times * 2 * math.pi)) / (2 * math.log(config.rope_theta))
-
-    low = math.floor(pair_that_turns(yarn.get("beta_fast") or 32))
-    high = math.ceil(pair_that_turns(yarn.get("beta_slow") or 1))
-    return max(low, 0), min(high, R - 1)
-
-
 def rope_frequencies(config):
-    """Angle that a position turns each rotary pair, (R/2), and the factor on cos and sin (1.0)."""
-    R, yarn = config.qk_rope_head_dim, config.rope_scaling
-    pair = torch.arange(R // 2, dtype=torch.float32, device="cpu")  # real even in a meta build
-    inv_freq = 1.0 / config.rope_theta ** (2 * pair / R)  # (R/2)
-    if yarn is None:
-        return inv_freq, 1.0
-    low, high = yarn_correction_range(config)
-    slowed = ((pair - low) / max(high - low, 0.001)).clamp(0, 1)  # 0 for fast pairs, 1 for slow
-    inv_freq = inv_freq * (1 - slowed) + inv_freq / yarn["factor"] * slowed
-    over, under = yarn.get("mscale"), yarn.get("mscale_all_dim")
-    mscale = yarn_mscale(yarn["factor"], over if over and under else 1.0)
-    magnitude = mscale / yarn_mscale(yarn["factor"], under) if over and under else mscale
-    return inv_freq, yarn.get("attention_factor") or magnitude
+    """Angle that a position turns each rotary pair, (R/2), and a factor on cos and sin."""
+    pair = torch.arange(config.qk_rope_head_dim // 2, dtype=torch.float32, device="cpu")
+    inv_freq = 1.0 / config.rope_theta ** (2 * pair / config.qk_rope_head_dim)  # (R/2)
+    return (inv_freq, 1.0) if config.rope_scaling is None else yarn(inv_freq, config)  # section 9
 
 
 class RotaryEmbedding(Float32Buffers):
@@ -383,11 +356,11 @@ class MLA(nn.Module):
         """Which order of the same products takes fewer multiply-adds a head.
 
         Expanded: T·S·(N + R + V), and S·C·(N + V) to make keys and values. Absorbed: T·S·(2C + R),
-        and T·C·(N + V) to carry queries into the latent space and results out. As released, with a
+        and T·C·(N + V) to take queries into the latent space and results out. As released, with a
         long cache, absorbing wins below 171 new tokens: decoding absorbs, training (T = S) expands.
         """
-        N, V, C = self.N, self.V, self.C
-        return T * S * (2 * C - N - V) < C * (N + V) * (S - T)
+        saved = self.C * (self.N + self.V)
+        return T * S * (2 * self.C - self.N - self.V) < saved * (S - T)
 
     def attend_expanded(self, q_nope, q_rope, latent, pattern):
         """Attention with keys and values made from the latents (B, S, C + R) -> (B, T, H, V)."""
@@ -608,9 +581,9 @@ class ModelOutput:
 
 
 class PreTrainedModel(nn.Module):
-    """What the model and its heads share. The sections below attach the methods that they explain:
+    """What the model and its heads share; sections below attach the methods that they explain:
 
-    update_router_bias (8), generate (10), from_pretrained and save_pretrained (11).
+    update_router_bias (8), generate (11), from_pretrained, save_pretrained, device, dtype (12).
     """
 
     def __init__(self, config):
@@ -625,14 +598,6 @@ class PreTrainedModel(nn.Module):
                 parameter.normal_(0.0, self.config.initializer_range)
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-
-    @property
-    def device(self):
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self):
-        return next(self.parameters()).dtype
 
 
 class DeepseekV3Model(PreTrainedModel):
@@ -758,10 +723,10 @@ class DeepseekV3ForCausalLM(PreTrainedModel):
         out.mtp_logits = tuple(logits) or None
 
 
-class ClassificationModel(PreTrainedModel):
-    """The trunk, a linear `score`, and a loss; the two heads below say what is scored."""
+class DeepseekV3ForTokenClassification(PreTrainedModel):
+    """A label a token: logits (B, T, num_labels); labels (B, T) are not shifted, -100 is ignored."""
 
-    score_bias = False
+    score_bias = True
 
     def __init__(self, config):
         super().__init__(config)
@@ -773,42 +738,30 @@ class ClassificationModel(PreTrainedModel):
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
         inputs_embeds=None, labels=None, use_cache=False, **observe,
     ):  # fmt: skip
-        """As DeepseekV3Model, with logits and, given labels, the loss of this head."""
+        """As DeepseekV3Model, with logits and, given labels, the loss; in training mode + α · balance."""
         out = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **observe
         )
         out.logits = self.score(self.pool(out.last_hidden_state, input_ids, attention_mask))
         if labels is not None:
-            out.loss = out.main_loss = self.loss(upcast(out.logits), labels)
-            if self.training:  # fine-tuning keeps the experts balanced too
-                out.loss = out.loss + self.config.balance_loss_weight * out.balance_loss
+            classification_loss(self, out, labels)  # section 8
         return out
-
-
-class DeepseekV3ForTokenClassification(ClassificationModel):
-    """A label a token: logits (B, T, num_labels); labels (B, T) are not shifted, -100 is ignored."""
-
-    score_bias = True
 
     def pool(self, hidden, input_ids, attention_mask):
         return hidden
 
-    def loss(self, logits, labels):
-        return shifted_cross_entropy(logits, labels, 0)
 
-
-class DeepseekV3ForSequenceClassification(ClassificationModel):
-    """A label a sequence, read off its last real token: logits (B, num_labels).
+class DeepseekV3ForSequenceClassification(DeepseekV3ForTokenClassification):
+    """A label a sequence, read off its last real token under either padding: logits (B, num_labels).
 
     labels: class ids (B), floats (B) for regression (num_labels 1), or (B, num_labels) multi-label.
     """
 
+    score_bias = False
+
     def pool(self, hidden, input_ids, attention_mask):
         last = last_real_token(hidden, input_ids, attention_mask, self.config.pad_token_id)  # (B)
         return hidden[torch.arange(len(last), device=last.device), last]
-
-    def loss(self, logits, labels):
-        return sequence_loss(logits, labels, self.config.num_labels)
 
 
 # ---- 8. Losses and balancing — Eqs. 17–20, 24–25 ------------------------------------------------
@@ -850,13 +803,20 @@ def last_real_token(hidden, input_ids, attention_mask, pad_token_id):
     return (real.long() * position).argmax(-1)
 
 
-def sequence_loss(logits, labels, num_labels):
-    """Regression, multi-label or single-label loss, as num_labels and the labels' dtype say -> ()."""
-    if num_labels == 1:
-        return F.mse_loss(logits.squeeze(-1), labels.to(logits.dtype).flatten())
-    if labels.is_floating_point():
-        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
-    return F.cross_entropy(logits, labels.flatten())
+def classification_loss(model, out, labels):
+    """Loss of a label a token or a sequence, with the balance loss in training, into `out`."""
+    logits = upcast(out.logits)
+    if logits.ndim == 3:
+        out.main_loss = shifted_cross_entropy(logits, labels, 0)
+    elif model.config.num_labels == 1:
+        out.main_loss = F.mse_loss(logits.squeeze(-1), labels.to(logits.dtype).flatten())
+    elif labels.is_floating_point():
+        out.main_loss = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+    else:
+        out.main_loss = F.cross_entropy(logits, labels.flatten())
+    out.loss = out.main_loss
+    if model.training:  # fine-tuning keeps the experts balanced too
+        out.loss = out.loss + model.config.balance_loss_weight * out.balance_loss
 
 
 def balance_loss(scores, K, mask=None):
@@ -915,7 +875,45 @@ def update_router_bias(model, gamma=0.001, centred=False):
 PreTrainedModel.update_router_bias = update_router_bias
 
 
-# ---- 9. Looking inside --------------------------------------------------------------------------
+# ---- 9. Long context — YaRN, §4.3 ---------------------------------------------------------------
+
+
+def yarn_mscale(factor, mscale):
+    """YaRN's temperature, 0.1 · mscale · ln s + 1, for a context stretched s = factor times."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def yarn_correction_range(config):
+    """First and last rotary pair that YaRN blends; (10, 23) as released.
+
+    Pairs that turn more than beta_fast times over the original context keep their frequency; those
+    that turn less than beta_slow times are slowed `factor` times.
+    """
+    settings, R = config.rope_scaling, config.qk_rope_head_dim
+
+    def pair_that_turns(times):
+        length = settings["original_max_position_embeddings"]
+        return R * math.log(length / (times * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    low = math.floor(pair_that_turns(settings.get("beta_fast") or 32))
+    high = math.ceil(pair_that_turns(settings.get("beta_slow") or 1))
+    return max(low, 0), min(high, R - 1)
+
+
+def yarn(inv_freq, config):
+    """Slow the slow pairs to fit a longer context; inv_freq (R/2) -> the same, factor on cos, sin."""
+    settings = config.rope_scaling
+    s, over, under = settings["factor"], settings.get("mscale"), settings.get("mscale_all_dim")
+    low, high = yarn_correction_range(config)
+    pair = torch.arange(len(inv_freq), dtype=torch.float32, device="cpu")
+    slowed = ((pair - low) / max(high - low, 0.001)).clamp(0, 1)  # 0 for fast pairs, 1 for slow
+    inv_freq = inv_freq * (1 - slowed) + inv_freq / s * slowed  # (R/2)
+    # What the softmax scale takes in full (mscale_all_dim), cos and sin need not repeat: 1 as released.
+    magnitude = yarn_mscale(s, over) / yarn_mscale(s, under) if over and under else yarn_mscale(s, 1)
+    return inv_freq, settings.get("attention_factor") or magnitude
+
+
+# ---- 10. Looking inside --------------------------------------------------------------------------
 
 
 def gates(modules):
@@ -989,7 +987,7 @@ def trace(model, *patterns):
         yield seen
 
 
-# ---- 10. Generation -----------------------------------------------------------------------------
+# ---- 11. Generation -----------------------------------------------------------------------------
 
 
 @dataclass
@@ -1087,7 +1085,12 @@ def generate(
 
 DeepseekV3ForCausalLM.generate = generate
 
-# ---- 11. Checkpoints, in the released layout ----------------------------------------------------
+# ---- 12. Checkpoints, in the released layout ----------------------------------------------------
+
+
+# Switches that the whole family has in one position; other positions are refused.
+FIXED_KEYS = {"model_type": "deepseek_v3", "hidden_act": "silu", "attention_dropout": 0.0}
+FIXED_KEYS |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 
 
 def config_values(given):
@@ -1120,7 +1123,7 @@ def check_config(config):
 
     def require(name, holds, right):
         if not holds:
-            value = getattr(config, name, config.extra.get(name))
+            value = getattr(config, name) if hasattr(config, name) else config.extra[name]
             raise ValueError(f"{name}={value!r}: must be {right}")
 
     names = [field.name for field in dataclasses.fields(config)]
@@ -1148,13 +1151,9 @@ def check_config(config):
     require("rope_theta", config.rope_theta > 1, "above 1")
     require("routed_scaling_factor", config.routed_scaling_factor > 0, "above 0")
     require("initializer_range", config.initializer_range >= 0, "0 or more")
-    fixed = {"attention_dropout": 0, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
-    fixed |= {"hidden_act": "silu", "moe_layer_freq": 1, "rope_interleave": True}
-    for name, only in fixed.items():
-        value = getattr(config, name, config.extra.get(name, only))
-        require(name, value == only, f"{only!r}, the only one in this family")
-    family = ("deepseek_v3", "kimi_k2")
-    require("model_type", config.extra.get("model_type", family[0]) in family, f"one of {family}")
+    for name, only in (FIXED_KEYS | {"moe_layer_freq": 1, "rope_interleave": True}).items():
+        allowed = (only, "kimi_k2") if name == "model_type" else (only,)
+        require(name, config.extra.get(name, only) in allowed, f"{only!r}, as in this whole family")
     if config.rope_scaling is not None:
         check_yarn(config.rope_scaling)
 
@@ -1422,5 +1421,319 @@ def parse_size(size):
     return int(count)
 
 
+PreTrainedModel.device = property(lambda self: next(self.parameters()).device)
+PreTrainedModel.dtype = property(lambda self: next(self.parameters()).dtype)
 PreTrainedModel.from_pretrained = classmethod(load_pretrained)
 PreTrainedModel.save_pretrained = save_pretrained
+
+# ---- 13. Training — §2.1.2, §4.2 ----------------------------------------------------------------
+
+BOS, EOS = "<|begin_of_sentence|>", "<|end_of_sentence|>"
+
+
+def corpus_files(data):
+    """The text files to train on: those of a file or folder, or the Python standard library's own."""
+    root = Path(sysconfig.get_path("stdlib") if data is None else data)
+    if root.is_file():
+        return [root]
+    others = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"}
+    files = [path for path in sorted(root.rglob("*.py" if data is None else "*")) if path.is_file()]
+    files = [path for path in files if data is not None or not others & set(path.parts)]
+    if not files:
+        hint = "this Python ships without its sources: give --data" if data is None else "no files in it"
+        raise ValueError(f"{root}: {hint}")
+    return files
+
+
+def read_pieces(path, size=1 << 20):
+    """The text of a file in pieces of whole lines, so that it need not fit in memory."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            while lines := file.readlines(size):
+                yield "".join(lines)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text (byte {error.start} of a piece)") from None
+
+
+def train_tokenizer(files, vocab_size):
+    """A byte-level BPE tokenizer of at most vocab_size tokens; ids 0 and 1 begin and end a text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[BOS, EOS], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator((piece for file in files for piece in read_pieces(file)), trainer)
+    return tokenizer
+
+
+def write_tokens(files, tokenizer, path):
+    """All files as one array of tokens on disk, each file ended by the end-of-sentence token."""
+    dtype = token_dtype(tokenizer.get_vocab_size())
+    with open(path, "wb") as sink:
+        for file in tqdm(files, desc="tokenising", unit="file", disable=None):
+            for encoding in tokenizer.encode_batch(list(read_pieces(file))):
+                np.array(encoding.ids, dtype).tofile(sink)
+            np.array([tokenizer.token_to_id(EOS)], dtype).tofile(sink)
+
+
+def token_dtype(vocab_size):
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
+class Corpus:
+    """Windows of T tokens from the array at `path`; the last twentieth is held out for validation.
+
+    Windows are visited in a new order every epoch, fixed by the seed: `position` windows in, the next
+    ones are known, so that the position is all that a resumed run needs.
+    """
+
+    def __init__(self, path, vocab_size, eos, T, seed):
+        self.tokens = np.memmap(path, token_dtype(vocab_size), "r")
+        self.eos, self.T, self.seed = eos, T, seed
+        cut = len(self.tokens) * 19 // 20
+        ends = np.flatnonzero(self.tokens[cut : cut + len(self.tokens) // 40] == eos)
+        self.cut = cut + int(ends[0]) + 1 if len(ends) else cut  # at the end of a document, if near
+        self.windows = self.cut // T
+        if self.windows < 1 or len(self.tokens) - self.cut < 2:
+            raise ValueError(f"a corpus of {len(self.tokens)} tokens: too short for windows of {T}")
+
+    def batch(self, position, count):
+        """Windows `position` .. `position + count`; (count, T) tokens and labels."""
+        orders, starts = {}, []
+        for i in range(position, position + count):
+            epoch, place = divmod(i, self.windows)
+            if epoch not in orders:
+                generator = torch.Generator().manual_seed(self.seed + epoch)
+                orders[epoch] = torch.randperm(self.windows, generator=generator)
+            starts.append(int(orders[epoch][place]) * self.T)
+        return self.read(starts)
+
+    def held_out(self, count):
+        """The first `count` windows of the held-out part, or as many as it has."""
+        return self.read(range(self.cut, len(self.tokens) - self.T + 1, self.T)[:count])
+
+    def read(self, starts):
+        windows = np.stack([self.tokens[start : start + self.T] for start in starts])
+        input_ids = torch.from_numpy(windows.astype(np.int64))
+        labels = input_ids.clone()
+        labels[:, 1:][input_ids[:, :-1] == self.eos] = -100  # no document predicts the next one
+        return input_ids, labels
+
+
+def learning_rate_factor(progress, warmup):
+    """§4.2's schedule over a run's progress 0..1: linear up, constant, cosine to a tenth, two steps."""
+    if progress < warmup:
+        return progress / warmup
+    if progress < 10 / 14.8:
+        return 1.0
+    if progress < 14.3 / 14.8:
+        return 0.55 + 0.45 * math.cos(math.pi * (progress * 14.8 - 10) / 4.3)
+    return 0.1 if progress < 14.633 / 14.8 else 0.033
+
+
+class Trainer:
+    """One training run: model, optimizer, data, and what it writes to options.out."""
+
+    def __init__(self, options):
+        self.options, self.out, self.step = options, Path(options.out), 0
+        self.rank, self.world, self.device = start_processes(options.device)
+        self.tokenizer, tokens = self.prepare_data()
+        config = self.make_config()
+        T, seed = options.length, options.seed
+        self.corpus = Corpus(tokens, config.vocab_size, config.eos_token_id, T, seed)
+        torch.manual_seed(seed)
+        self.model = shard(DeepseekV3ForCausalLM(config), self.device, self.world)
+        matrices = [p for p in self.model.parameters() if p.ndim > 1]
+        vectors = [p for p in self.model.parameters() if p.ndim <= 1]
+        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, options.lr, betas=(0.9, 0.95))
+
+    def make_config(self):
+        """The config of --config or the tiny one, with the tokenizer's vocabulary."""
+        vocabulary = {"vocab_size": self.tokenizer.get_vocab_size()}
+        vocabulary |= {"bos_token_id": self.tokenizer.token_to_id(BOS)}
+        vocabulary |= {"eos_token_id": self.tokenizer.token_to_id(EOS)}
+        if self.options.config is None:
+            return DeepseekV3Config.tiny(**vocabulary)
+        path = Path(self.options.config)
+        return DeepseekV3Config(**(FIXED_KEYS | read_json(path.parent, path.name) | vocabulary))
+
+    def prepare_data(self):
+        """The tokenizer, and the path of the token array; the first process makes both."""
+        vocabulary, tokens = self.out / "tokenizer.json", self.out / "tokens.bin"
+        if self.rank == 0:
+            files = corpus_files(self.options.data)
+            self.out.mkdir(parents=True, exist_ok=True)
+            tokenizer = train_tokenizer(files, self.options.vocab_size)
+            write_tokens(files, tokenizer, tokens)
+            save_tokenizer(tokenizer, self.out)
+        barrier(self.world)
+        return Tokenizer.from_file(str(vocabulary)), tokens
+
+    def run(self):
+        """Train to options.steps with a progress bar, then write the checkpoint."""
+        options, metrics = self.options, self.out / "metrics.jsonl"
+        metrics.write_text("")
+        with tqdm(total=options.steps, unit="step", disable=self.rank > 0) as bar:
+            while self.step < options.steps:
+                line = self.train_step()
+                bar.set_postfix(loss=line["loss"], violation=line["max_violation"])
+                bar.update()
+                if self.step % options.eval_every == 0 or self.step == options.steps:
+                    line |= self.evaluate()
+                with open(metrics, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+        self.model.save_pretrained(self.out)
+        return line
+
+    def train_step(self):
+        """One optimizer step over the global batch -> its line of metrics."""
+        options, began, progress = self.options, time.perf_counter(), self.step / self.options.steps
+        self.model.train()
+        self.model.config.mtp_loss_weight = 0.3 if progress < 10 / 14.8 else 0.1
+        losses = self.backward()
+        lr = options.lr * learning_rate_factor(progress, options.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        gamma = options.gamma if progress < 14.3 / 14.8 else 0.0
+        violations = self.model.update_router_bias(gamma)
+        self.step += 1
+        speed = options.batch * options.length / (time.perf_counter() - began)
+        line = {"step": self.step, **losses, "max_violation": sum(violations) / max(len(violations), 1)}
+        line |= {"lr": lr, "grad_norm": float(norm), "tokens_per_second": speed}
+        return line | {"layer_violations": violations}
+
+    def backward(self):
+        """Gradients of the global batch, in options.accumulate parts -> the means of its losses."""
+        options, names = self.options, ("loss", "main_loss", "mtp_loss", "balance_loss")
+        share = options.batch // (self.world * options.accumulate)  # sequences at once
+        means = torch.zeros(len(names), device=self.device)
+        for part in range(options.accumulate):
+            position = self.step * options.batch + (part * self.world + self.rank) * share
+            input_ids, labels = (t.to(self.device) for t in self.corpus.batch(position, share))
+            out = self.model(input_ids, labels=labels)
+            (out.loss / options.accumulate).backward()
+            losses = [getattr(out, name) for name in names]
+            means += torch.stack([means[0] * 0 if x is None else x.detach() for x in losses])
+        means = mean_over_ranks(means / options.accumulate, self.world)
+        return dict(zip(names, means.tolist(), strict=True))
+
+    @torch.no_grad()
+    def evaluate(self, windows=32):
+        """Loss of the held-out text, a token and in bits a byte."""
+        self.model.eval()
+        input_ids, labels = self.corpus.held_out(windows)
+        parts = zip(input_ids.split(8), labels.split(8), strict=True)
+        losses = [self.model(x.to(self.device), labels=y.to(self.device)).main_loss for x, y in parts]
+        loss = float(torch.stack(losses).mean())
+        text = self.tokenizer.decode_batch(input_ids.tolist(), skip_special_tokens=False)
+        bytes_a_token = sum(len(window.encode()) for window in text) / input_ids.numel()
+        return {"val_loss": loss, "val_bits_per_byte": loss / math.log(2) / bytes_a_token}
+
+
+def save_tokenizer(tokenizer, directory):
+    """tokenizer.json, and what transformers' AutoTokenizer wants beside it."""
+    tokenizer.save(str(Path(directory) / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS}
+    write_json(directory, "tokenizer_config.json", settings | {"clean_up_tokenization_spaces": False})
+
+
+def start_processes(device):
+    """This process's rank, how many there are, and its device; joins the others under torchrun."""
+    return 0, 1, torch.device(device)
+
+
+def shard(model, device, world):
+    return model.to(device)
+
+
+def barrier(world):
+    pass
+
+
+def mean_over_ranks(values, world):
+    return values
+
+
+# ---- 14. Commands -------------------------------------------------------------------------------
+
+
+def train_command(options):
+    """Train, and end with a sample and the next command."""
+    trainer = Trainer(options)
+    line = trainer.run()
+    print(f"held-out loss {line['val_loss']:.3f}, {line['val_bits_per_byte']:.3f} bits a byte")
+    prompt = "def "
+    stream_text(trainer.model, trainer.tokenizer, prompt, 100, 0.7, options.seed)
+    print(f"\nNext: python deepseek_v3.py generate {options.out} {json.dumps(prompt)}")
+
+
+def generate_command(options):
+    """Continue a prompt with the model of a folder."""
+    model = DeepseekV3ForCausalLM.from_pretrained(options.directory)
+    tokenizer = Tokenizer.from_file(str(Path(options.directory) / "tokenizer.json"))
+    stream_text(model, tokenizer, options.prompt, options.max_new_tokens, options.temperature, options.seed)
+    print()
+
+
+def stream_text(model, tokenizer, prompt, max_new_tokens, temperature, seed):
+    """Print the prompt and, as it comes, its continuation; whole characters only."""
+    ids = [tokenizer.token_to_id(BOS), *tokenizer.encode(prompt, add_special_tokens=False).ids]
+    stream, new = DecodeStream(skip_special_tokens=True), []
+    print(prompt, end="", flush=True)
+    model.generate(
+        torch.tensor([ids], device=model.device),
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        temperature=temperature or 1.0,
+        generator=torch.Generator(model.device).manual_seed(seed),
+        streamer=lambda token: print(stream.step(tokenizer, int(token[0])) or "", end="", flush=True),
+    )
+
+
+def parser():
+    """The command line: one sub-command for each function above."""
+    main = argparse.ArgumentParser(prog="deepseek_v3.py", description="Train and run DeepSeek-V3.")
+    commands = main.add_subparsers(required=True)
+    train = commands.add_parser("train", help="train a model from scratch, on text")
+    train.set_defaults(run=train_command)
+    train.add_argument("--data", help="text file or folder (default: Python's standard library)")
+    train.add_argument("--config", help="config.json of the model (default: the tiny one)")
+    train.add_argument("--out", default="out", help="folder for the checkpoint and metrics.jsonl")
+    train.add_argument("--steps", type=int, default=400)
+    train.add_argument("--batch", type=int, default=16, help="sequences a step, over all processes")
+    train.add_argument("--length", type=int, default=128, help="tokens a sequence")
+    train.add_argument("--accumulate", type=int, default=1, help="parts that a step's batch runs in")
+    train.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
+    train.add_argument("--warmup", type=float, default=0.05, help="part of the run")
+    train.add_argument("--gamma", type=float, default=0.002, help="step of the router bias")
+    train.add_argument("--vocab-size", type=int, default=2048, help="of the tokenizer to train")
+    train.add_argument("--eval-every", type=int, default=100, help="steps")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    run = commands.add_parser("generate", help="continue a prompt")
+    run.set_defaults(run=generate_command)
+    run.add_argument("directory", help="checkpoint folder")
+    run.add_argument("prompt")
+    run.add_argument("--max-new-tokens", type=int, default=200)
+    run.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token")
+    run.add_argument("--seed", type=int, default=0)
+    return main
+
+
+def main(arguments=None):
+    """Run a command; a bad argument or file is one line on stderr and exit status 2."""
+    options = parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

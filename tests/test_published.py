@@ -1,0 +1,237 @@
+"""Published numbers, from configs alone: parameters, cache bytes, YaRN, compute. No weights."""
+
+import time
+from functools import cache
+
+import pytest
+import torch
+from helpers import KIMI_K2, MOONLIGHT, V3, tokens
+
+from deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM, DeepseekV3Model
+
+EMBEDDING = 129280 * 7168  # and as many in the head
+EXPERT = 44_040_192  # 3 x 7168 x 2048
+
+# DeepSeek-V2 has the same shapes (its softmax routing has no parameters of its own).
+V2_LITE = dict(
+    vocab_size=102400, hidden_size=2048, num_hidden_layers=27, num_nextn_predict_layers=0,
+    num_attention_heads=16, q_lora_rank=None, intermediate_size=10944, moe_intermediate_size=1408,
+    first_k_dense_replace=1, n_routed_experts=64, n_shared_experts=2, num_experts_per_tok=6,
+    n_group=1, topk_group=1,
+)  # fmt: skip
+V2 = V2_LITE | dict(
+    hidden_size=5120, num_hidden_layers=60, num_attention_heads=128, q_lora_rank=1536,
+    intermediate_size=12288, moe_intermediate_size=1536, n_routed_experts=160, n_group=8,
+    topk_group=3,
+)  # fmt: skip
+CONFIGS = {"V3": V3, "V2": V2, "V2-Lite": V2_LITE, "Moonlight": MOONLIGHT, "Kimi-K2": KIMI_K2}
+
+
+@cache
+def on_meta(name):
+    """The full-size model without memory for its weights."""
+    with torch.device("meta"):
+        return DeepseekV3ForCausalLM(DeepseekV3Config(**CONFIGS[name]))
+
+
+def count(module):
+    """Parameters, each once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def mtp_layers(model):
+    return model.model.layers[model.config.num_hidden_layers :]
+
+
+def total(name):
+    """Parameters of the main model."""
+    return count(on_meta(name)) - count(mtp_layers(on_meta(name)))
+
+
+def idle(model, layers):
+    """Parameters of the routed experts that a token does not visit."""
+    config = model.config
+    share = 1 - config.num_experts_per_tok / config.n_routed_experts
+    experts = [layer.mlp.experts for layer in layers if hasattr(layer.mlp, "experts")]
+    return round(sum(count(module) for module in experts) * share)
+
+
+def activated(name):
+    """Parameters that a token uses in the main model, embedding and head included."""
+    model = on_meta(name)
+    return total(name) - idle(model, model.model.layers[: model.config.num_hidden_layers])
+
+
+def test_the_671b_model_builds_on_the_meta_device_in_seconds():
+    start = time.perf_counter()
+    with torch.device("meta"):
+        DeepseekV3ForCausalLM(DeepseekV3Config())
+    assert time.perf_counter() - start < 20
+
+
+# ---- Parameters ----
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("V3", 671_026_404_352),
+        ("V2", 235_741_434_880),
+        ("V2-Lite", 15_706_484_224),
+        ("Kimi-K2", 1_026_408_209_408),
+    ],
+)
+def test_total_parameters(name, parameters):
+    assert total(name) == parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("V3", 37_552_282_624),
+        ("V2", 21_375_800_320),
+        ("V2-Lite", 2_661_150_208),
+        ("Kimi-K2", 32_861_477_888),
+    ],
+)
+def test_activated_parameters(name, parameters):
+    assert activated(name) == parameters
+
+
+def test_moonlight_counts_without_embedding_and_head():
+    outside = 2 * 163840 * 2048
+    assert total("Moonlight") - outside == 15_289_019_904
+    assert activated("Moonlight") - outside == 2_243_685_888
+
+
+def test_v3_activates_36_6_billion_without_the_embedding():
+    assert activated("V3") - EMBEDDING == 36_625_603_584
+
+
+def test_v3_parts():
+    layers = on_meta("V3").model.layers
+    assert count(on_meta("V3").model.embed_tokens) == count(on_meta("V3").lm_head) == EMBEDDING
+    assert {count(layer.self_attn) for layer in layers} == {187_107_328}
+    assert [count(layer.mlp) for layer in layers[:3]] == [396_361_728] * 3
+    assert {count(layer.mlp) for layer in layers[3:]} == {11_320_164_352}
+    assert count(layers[3].mlp.gate) == 1_835_008
+    assert count(layers[3].mlp.experts) == 256 * EXPERT
+    assert count(layers[3].mlp.shared_experts) == EXPERT
+
+
+def test_routed_experts_hold_97_percent():
+    experts = sum(count(layer.mlp.experts) for layer in on_meta("V3").model.layers[3:61])
+    assert experts == 653_908_770_816
+
+
+def test_router_biases_are_scalars_beside_the_parameters():
+    sizes = {
+        name: buffer.numel()
+        for name, buffer in on_meta("V3").named_buffers()
+        if name.endswith("e_score_correction_bias")
+    }
+    assert sum(n for name, n in sizes.items() if ".layers.61." not in name) == 14_848
+    assert sum(sizes.values()) == 15_104
+
+
+def test_mtp_adds_11_6_billion_and_shares_embedding_and_head():
+    mtp = mtp_layers(on_meta("V3"))
+    assert count(mtp) == 11_610_067_968
+    assert count(mtp[0].eh_proj) == 102_760_448
+    assert count(mtp) - idle(on_meta("V3"), mtp) + 2 * EMBEDDING == 2_541_458_432
+
+
+def test_the_released_repository_repeats_embedding_and_head_for_mtp():
+    assert count(on_meta("V3")) + 2 * EMBEDDING == 684_489_830_400
+
+
+# ---- Cache ----
+
+
+@pytest.mark.parametrize(("layers", "bytes_a_token"), [(61, 70_272), (60, 69_120)])
+def test_cache_bytes_a_token(layers, bytes_a_token):
+    """61 or 60 layers (V3, V2) of 512 + 64 bfloat16 numbers, whatever the heads and widths are."""
+    narrow = dict(vocab_size=61, hidden_size=16, num_attention_heads=2, q_lora_rank=8)
+    narrow |= dict(qk_nope_head_dim=4, v_head_dim=4, intermediate_size=8)
+    depth = dict(num_hidden_layers=layers, first_k_dense_replace=layers)
+    model = DeepseekV3Model(DeepseekV3Config(**narrow, **depth)).bfloat16().eval()
+    with torch.no_grad():
+        held = model(tokens(1, 10), use_cache=True).past_key_values
+    assert held.bytes == 10 * bytes_a_token
+
+
+# ---- YaRN ----
+
+
+def inv_freq(name):
+    return on_meta(name).model.rotary_emb.inv_freq
+
+
+def test_yarn_frequencies():
+    published = {0: 1.0, 10: 0.0562341, 15: 0.00833451, 16: 0.0055, 20: 7.905694e-4}
+    published |= {23: 3.3338e-5, 31: 3.33380e-6}
+    found = {pair: inv_freq("V3")[pair].item() for pair in published}
+    assert found == pytest.approx(published, rel=2e-6)
+
+
+def test_yarn_blends_pairs_10_to_23():
+    """Raw bounds 10.472 and 22.513: the lower rounds down, the upper rounds up."""
+    plain = 10000.0 ** (-torch.arange(32) / 32)
+    share = (inv_freq("V3") / plain - 1 / 40) / (1 - 1 / 40)  # 1: frequency kept, 0: slowed by 40
+    torch.testing.assert_close(share[:11], torch.ones(11))
+    torch.testing.assert_close(share[11:23], 1 - torch.arange(1, 13) / 13, atol=1e-5, rtol=0)
+    torch.testing.assert_close(share[23:], torch.zeros(9), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "scale"), [("V3", 0.1352337788609), ("Moonlight", 0.0721687836), ("V2", 0.1352337788609)]
+)
+def test_softmax_scale(name, scale):
+    assert on_meta(name).config.softmax_scale == pytest.approx(scale, rel=1e-9)
+
+
+@pytest.mark.parametrize(("factor", "squared"), [(32, 1.8133), (40, 1.8738542071), (64, 2.0047)])
+def test_yarn_sharpens_the_softmax_by_mscale_squared(factor, squared):
+    yarn = dict(KIMI_K2["rope_scaling"], factor=factor)
+    config = DeepseekV3Config(**(KIMI_K2 | {"rope_scaling": yarn}))
+    assert config.softmax_scale * 192**0.5 == pytest.approx(squared, abs=5e-5)
+
+
+def test_yarn_leaves_cos_and_sin_at_length_one():
+    """They take the ratio mscale / mscale_all_dim, which every released member has at 1."""
+    cos, sin = DeepseekV3Model(DeepseekV3Config(
+        vocab_size=2, hidden_size=2, num_hidden_layers=1, num_attention_heads=1, intermediate_size=2
+    )).rotary_emb(torch.arange(7)[None])  # fmt: skip
+    torch.testing.assert_close(cos**2 + sin**2, torch.ones_like(cos))
+
+
+# ---- Compute ----
+
+
+def gigaflops_a_token(name, length=4096):
+    """6 per activated weight in a product, and 3 L H (d_qk + d_v) T for causal attention."""
+    config = on_meta(name).config
+    widths = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+    products = 6 * (activated(name) - config.vocab_size * config.hidden_size)
+    attention = 3 * config.num_hidden_layers * config.num_attention_heads * widths * length
+    return (products + attention) / 1e9
+
+
+@pytest.mark.parametrize(("name", "published"), [("V3", 250.46), ("V2", 155.31)])
+def test_training_compute_a_token(name, published):
+    assert gigaflops_a_token(name) == pytest.approx(published, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("new", "keys", "absorb"),
+    [
+        (1, 2, True),  # decoding
+        (1, 100_000, True),
+        (170, 10**9, True),
+        (171, 10**9, False),  # C (N + V) / (2 C - N - V) = 170.7 behind an endless cache
+        (4096, 4096, False),  # prefill and training
+        (1, 1, False),
+    ],
+)
+def test_absorbing_pays_below_171_new_tokens(new, keys, absorb):
+    assert on_meta("V3").model.layers[0].self_attn.absorbing_is_cheaper(new, keys) is absorb
