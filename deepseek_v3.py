@@ -75,7 +75,6 @@ from tqdm import tqdm
 YARN_V3 = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}
 YARN_V3 |= {"beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}
 
-
 @dataclass(init=False)
 class DeepseekV3Config:
     """Every size and switch, named as in the released config.json; the defaults are the 671B model.
@@ -147,40 +146,11 @@ class DeepseekV3Config:
         # NOTE(checkpoint) mscale: squared, once for the query and once for the key.
         return (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5 * mscale**2
 
-    def to_dict(self):
-        """Every field and every kept key, as config.json has them."""
-        known = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return FIXED_KEYS | known | self.extra
-
-    @classmethod
-    def from_pretrained(cls, directory, **overrides):
-        """Read directory/config.json; ValueError or FileNotFoundError names what is wrong."""
-        return cls(**(FIXED_KEYS | read_json(directory, "config.json") | overrides))
-
-    def save_pretrained(self, directory):
-        """Write directory/config.json."""
-        write_json(directory, "config.json", self.to_dict())
-
-
 # ---- 2. Rotary positions — RoPE, §2.1.1 ---------------------------------------------------------
-
 
 def upcast(x):
     """x in float32 (float64 stays): the precision of every sensitive step."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-class Float32Buffers(nn.Module):
-    """A module whose floating-point buffers stay float32, bit for bit, under `.to(bfloat16)`."""
-
-    def _apply(self, fn, recurse=True):
-        before = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
-        for name, buffer in self.named_buffers(recurse=False):
-            if buffer.is_floating_point() and buffer.dtype != torch.float32:
-                setattr(self, name, before[name].to(buffer.device))
-        return self
-
 
 def rope_frequencies(config):
     """Angle that a position turns each rotary pair, (R/2), and a factor on cos and sin."""
@@ -188,19 +158,18 @@ def rope_frequencies(config):
     inv_freq = 1.0 / config.rope_theta ** (2 * pair / config.qk_rope_head_dim)  # (R/2)
     return (inv_freq, 1.0) if config.rope_scaling is None else yarn(inv_freq, config)  # section 9
 
-
-class RotaryEmbedding(Float32Buffers):
+class RotaryEmbedding(nn.Module):
     """cos and sin of all angles; position_ids (B, T) -> two (B, T, 1, R/2), 1 for all heads."""
 
     def __init__(self, config):
         super().__init__()
-        inv_freq, self.magnitude = rope_frequencies(config)
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        # A plain attribute and no buffer, so that casting the model to bfloat16 leaves it alone.
+        self.inv_freq, self.magnitude = rope_frequencies(config)
 
     def forward(self, position_ids):
+        self.inv_freq = self.inv_freq.to(position_ids.device)
         angles = position_ids[:, :, None, None].float() * self.inv_freq  # (B, T, 1, R/2)
         return angles.cos() * self.magnitude, angles.sin() * self.magnitude
-
 
 def apply_rope(x, rope):
     """Turn adjacent channels, the RoPE(·) of Eqs. 3 and 8; x (B, T, H or 1, R) -> the same."""
@@ -210,9 +179,7 @@ def apply_rope(x, rope):
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1)
     return turned.flatten(-2).to(x.dtype)
 
-
 # ---- 3. What a query may see — latent cache and masks -------------------------------------------
-
 
 class LatentCache:
     """All that attention remembers: C + R numbers a token a layer (Eqs. 1, 3), nothing per head.
@@ -249,23 +216,20 @@ class LatentCache:
         """Bytes of the tokens held, over all layers."""
         return sum(held[:, : self.length].nbytes for held in self.layers.values())
 
-
 def key_mask(attention_mask, cache, B, T):
     """Which keys are real tokens, (B, S), or None if all are; the cache remembers it."""
-    past = cache.length if cache is not None else 0
-    keys = None
+    past, keys = (0, None) if cache is None else (cache.length, cache.mask)
     if attention_mask is not None:
         if attention_mask.shape != (B, past + T):
-            shape = tuple(attention_mask.shape)
-            raise ValueError(f"attention_mask of shape {shape}: must be {(B, past + T)}, cached + new")
+            found, right = tuple(attention_mask.shape), (B, past + T)
+            raise ValueError(f"attention_mask of shape {found}: must be {right}, cached + new tokens")
         # Without padding the plain-causal form is faster; asking costs one synchronisation.
         keys = None if T > 1 and attention_mask.all() else attention_mask.bool()
-    elif cache is not None and cache.mask is not None:
-        keys = F.pad(cache.mask, (0, T), value=True)
+    elif keys is not None:
+        keys = F.pad(keys, (0, T), value=True)
     if cache is not None:
         cache.mask = keys
     return keys
-
 
 def attention_pattern(keys, T, S, device):
     """True where a query sees a key, (B or 1, 1, T, S), or None: plain causal, or one query.
@@ -276,12 +240,10 @@ def attention_pattern(keys, T, S, device):
         return None
     query = torch.arange(S - T, S, device=device).unsqueeze(1)  # (T, 1)
     key = torch.arange(S, device=device)
-    causal = key <= query  # (T, S)
     if keys is None:
-        return causal[None, None]
+        return (key <= query)[None, None]
     # A padded query sees itself: no softmax row is empty, and no real query sees it.
-    return (causal & keys[:, None, None, :]) | (key == query)
-
+    return (key <= query) & keys[:, None, None, :] | (key == query)
 
 class MaskedSoftmax(nn.Module):
     """Attention probabilities, a module so that one can watch them; (B, H, T, S) -> the same."""
@@ -294,9 +256,7 @@ class MaskedSoftmax(nn.Module):
             scores = scores.masked_fill(~pattern, -math.inf)
         return upcast(scores).softmax(-1)
 
-
 # ---- 4. Multi-head latent attention — §2.1.1, Eqs. 1–11 -----------------------------------------
-
 
 class MLA(nn.Module):
     """Multi-head latent attention, Eqs. 1–11; x (B, T, D) -> (B, T, D).
@@ -395,9 +355,7 @@ class MLA(nn.Module):
         out = torch.einsum("bhtc,hvc->bthv", o_latent, w_uv)  # (B, T, H, V) Eq. 10
         return out
 
-
 # ---- 5. DeepSeekMoE — §2.1.2, Eqs. 12–16 --------------------------------------------------------
-
 
 class FeedForward(nn.Module):
     """SwiGLU, down(silu(gate x) · up x); x (B, T, D) -> (B, T, D)."""
@@ -412,7 +370,6 @@ class FeedForward(nn.Module):
         hidden = F.silu(self.gate_proj(x)) * self.up_proj(x)  # (B, T, F)
         return self.down_proj(hidden)
 
-
 class Routing(NamedTuple):
     """A router's decision: scores (B, T, E) before the bias, indices and weights (B, T, K)."""
 
@@ -420,8 +377,7 @@ class Routing(NamedTuple):
     indices: Tensor
     weights: Tensor
 
-
-class Router(Float32Buffers):
+class Router(nn.Module):
     """Chooses K experts a token and weighs them, Eqs. 13–16; x (B, T, D) -> Routing.
 
     The bias decides only *which* are chosen; no gradient reaches it (section 8 moves it).
@@ -447,6 +403,14 @@ class Router(Float32Buffers):
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # (B, T, K) Eq. 13
         return Routing(scores, indices, weights * self.scaling)  # NOTE(checkpoint) routed-scaling
 
+    def _apply(self, fn, recurse=True):
+        """Whatever the model is cast to, the bias stays float32, bit for bit."""
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        if self.e_score_correction_bias.dtype != torch.float32:
+            self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
+        return self
+
     def limit_groups(self, choice):
         """Take experts outside a token's best groups out of reach; choice (B, T, E) -> the same."""
         if self.G == 1:
@@ -459,7 +423,6 @@ class Router(Float32Buffers):
         # -inf and not 0: biased scores can be negative, and 0 would win.
         return grouped.masked_fill(outside.unsqueeze(-1), -math.inf).flatten(-2)
 
-
 def grouped_linear(x, weight, ends):
     """Each expert's map on its own rows; x (rows, in) by expert, weight (E, out, in) -> (rows, out)."""
     aligned = all(x.element_size() * width % 16 == 0 for width in weight.shape[1:])
@@ -468,7 +431,6 @@ def grouped_linear(x, weight, ends):
     # What the kernel does not take, float64 and odd widths, runs as a product an expert.
     groups = x.tensor_split(ends[:-1].cpu())
     return torch.cat([group @ expert.T for group, expert in zip(groups, weight, strict=True)])
-
 
 class Experts(nn.Module):
     """All routed experts of a layer, stacked along a first axis; x (B, T, D) -> (B, T, D)."""
@@ -494,7 +456,6 @@ class Experts(nn.Module):
         out = (visits * weights.unsqueeze(-1)).sum(-2)  # (B, T, D) Eq. 12: the routed sum
         return out.to(x.dtype)
 
-
 class MoE(nn.Module):
     """Shared experts for every token, K routed ones by choice, Eq. 12; x (B, T, D) -> (B, T, D)."""
 
@@ -511,9 +472,7 @@ class MoE(nn.Module):
         routed = self.experts(x, routing.indices, routing.weights)  # (B, T, D)
         return routed if self.shared_experts is None else self.shared_experts(x) + routed
 
-
 # ---- 6. Decoder block and MTP module — §2.2, Eqs. 21–22 -----------------------------------------
-
 
 class Block(nn.Module):
     """One decoder layer, attention and then feed-forward; x (B, T, D) -> (B, T, D)."""
@@ -531,7 +490,6 @@ class Block(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), rope, pattern, cache)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x
-
 
 class MTPBlock(Block):
     """MTP module of depth k: row i joins h_i with the embedding of token i+k, predicts token i+k+1.
@@ -559,9 +517,7 @@ class MTPBlock(Block):
         x = super().forward(x, rope, pattern, cache)  # (B, T-k, D) Eq. 22
         return self.shared_head["norm"](x)
 
-
 # ---- 7. Model and heads — Eq. 23 ----------------------------------------------------------------
-
 
 @dataclass
 class ModelOutput:
@@ -578,7 +534,6 @@ class ModelOutput:
     main_loss: Tensor | None = None  # the loss without the two below
     mtp_loss: Tensor | None = None  # Eq. 25 without λ
     balance_loss: Tensor | None = None  # Eq. 17 without α, summed over layers; in training mode
-
 
 class PreTrainedModel(nn.Module):
     """What the model and its heads share; sections below attach the methods that they explain:
@@ -599,7 +554,6 @@ class PreTrainedModel(nn.Module):
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
-
 class DeepseekV3Model(PreTrainedModel):
     """Embedding, decoder layers, final norm; input_ids (B, T) -> last_hidden_state (B, T, D)."""
 
@@ -617,9 +571,9 @@ class DeepseekV3Model(PreTrainedModel):
         inputs_embeds=None, use_cache=False, output_attentions=False, output_hidden_states=False,
         output_routing=False,
     ):  # fmt: skip
-        """Give tokens (B, T) or embeddings (B, T, D); attention_mask (B, S), 0 at padding, either side.
+        """Give tokens (B, T) or embeddings; attention_mask (B, S) is 0 at padding, on either side.
 
-        With a cache the inputs are the new tokens only, and it remembers the mask.
+        With a cache the inputs are the new tokens only, and the cache remembers the mask.
         """
         embeds = self.embed(input_ids, inputs_embeds)  # (B, T, D)
         cache = LatentCache() if use_cache and past_key_values is None else past_key_values
@@ -663,7 +617,6 @@ class DeepseekV3Model(PreTrainedModel):
             cache.length += x.shape[1]
         return x
 
-
 class DeepseekV3ForCausalLM(PreTrainedModel):
     """Language model: logits of the next token (B, T, vocab), and MTP modules that look further."""
 
@@ -689,7 +642,7 @@ class DeepseekV3ForCausalLM(PreTrainedModel):
         """
         past = past_key_values.length if past_key_values is not None else 0
         if labels is not None and logits_to_keep or output_mtp and past:
-            raise ValueError("labels and output_mtp need all logits, and no tokens before in a cache")
+            raise ValueError("labels need all logits, output_mtp needs all tokens in this call")
         out = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **observe
         )
@@ -722,7 +675,6 @@ class DeepseekV3ForCausalLM(PreTrainedModel):
             logits.append(self.lm_head(hidden))  # Eq. 23
         out.mtp_logits = tuple(logits) or None
 
-
 class DeepseekV3ForTokenClassification(PreTrainedModel):
     """A label a token: logits (B, T, num_labels); labels (B, T) are not shifted, -100 is ignored."""
 
@@ -738,7 +690,7 @@ class DeepseekV3ForTokenClassification(PreTrainedModel):
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
         inputs_embeds=None, labels=None, use_cache=False, **observe,
     ):  # fmt: skip
-        """As DeepseekV3Model, with logits and, given labels, the loss; in training mode + α · balance."""
+        """As DeepseekV3Model, with logits and, given labels, the loss."""
         out = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **observe
         )
@@ -749,7 +701,6 @@ class DeepseekV3ForTokenClassification(PreTrainedModel):
 
     def pool(self, hidden, input_ids, attention_mask):
         return hidden
-
 
 class DeepseekV3ForSequenceClassification(DeepseekV3ForTokenClassification):
     """A label a sequence, read off its last real token under either padding: logits (B, num_labels).
@@ -763,9 +714,7 @@ class DeepseekV3ForSequenceClassification(DeepseekV3ForTokenClassification):
         last = last_real_token(hidden, input_ids, attention_mask, self.config.pad_token_id)  # (B)
         return hidden[torch.arange(len(last), device=last.device), last]
 
-
 # ---- 8. Losses and balancing — Eqs. 17–20, 24–25 ------------------------------------------------
-
 
 def shifted_cross_entropy(logits, labels, shift):
     """Mean of -log P(labels[i + shift]) at row i, without -100; logits (B, rows, vocab) -> ()."""
@@ -773,7 +722,6 @@ def shifted_cross_entropy(logits, labels, shift):
     rows = upcast(logits[:, : targets.shape[1]]).flatten(0, 1)
     total = F.cross_entropy(rows, targets.flatten(), ignore_index=-100, reduction="sum")
     return total / (targets != -100).sum().clamp(min=1)
-
 
 def causal_losses(model, out, labels):
     """Cross-entropy, MTP loss and their weighted sum with the balance loss, into `out`."""
@@ -791,7 +739,6 @@ def causal_losses(model, out, labels):
     if model.training:
         out.loss = out.loss + model.config.balance_loss_weight * out.balance_loss
 
-
 def last_real_token(hidden, input_ids, attention_mask, pad_token_id):
     """Each row's last real token, by the mask, else by the pad id, else the last of all -> (B)."""
     position = torch.arange(hidden.shape[1], device=hidden.device)
@@ -801,7 +748,6 @@ def last_real_token(hidden, input_ids, attention_mask, pad_token_id):
     elif input_ids is not None and pad_token_id is not None:
         real = input_ids != pad_token_id
     return (real.long() * position).argmax(-1)
-
 
 def classification_loss(model, out, labels):
     """Loss of a label a token or a sequence, with the balance loss in training, into `out`."""
@@ -818,7 +764,6 @@ def classification_loss(model, out, labels):
     if model.training:  # fine-tuning keeps the experts balanced too
         out.loss = out.loss + model.config.balance_loss_weight * out.balance_loss
 
-
 def balance_loss(scores, K, mask=None):
     """Sequence-wise balance loss of one layer without α, Eqs. 17–20; scores (B, T, E) -> ().
 
@@ -833,7 +778,6 @@ def balance_loss(scores, K, mask=None):
     P = (share * real).sum(1) / tokens  # (B, E) Eq. 20
     return (f * P).sum(-1).mean()  # Eq. 17
 
-
 def balance(layers, routings, keys, T=None):
     """Count each router's load, padding excluded, and sum the layers' balance losses -> ().
 
@@ -847,7 +791,6 @@ def balance(layers, routings, keys, T=None):
         gate.load = gate.load.to(visits.device) + visits
         loss = loss + balance_loss(routing.scores, gate.K, mask)
     return loss
-
 
 @torch.no_grad()
 def update_router_bias(model, gamma=0.001, centred=False):
@@ -871,17 +814,13 @@ def update_router_bias(model, gamma=0.001, centred=False):
         router.load = torch.zeros_like(router.load)
     return (loads.amax(-1) / mean.squeeze(-1).clamp(min=1e-9) - 1).clamp(min=0).tolist()
 
-
 PreTrainedModel.update_router_bias = update_router_bias
 
-
 # ---- 9. Long context — YaRN, §4.3 ---------------------------------------------------------------
-
 
 def yarn_mscale(factor, mscale):
     """YaRN's temperature, 0.1 · mscale · ln s + 1, for a context stretched s = factor times."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
 
 def yarn_correction_range(config):
     """First and last rotary pair that YaRN blends; (10, 23) as released.
@@ -899,7 +838,6 @@ def yarn_correction_range(config):
     high = math.ceil(pair_that_turns(settings.get("beta_slow") or 1))
     return max(low, 0), min(high, R - 1)
 
-
 def yarn(inv_freq, config):
     """Slow the slow pairs to fit a longer context; inv_freq (R/2) -> the same, factor on cos, sin."""
     settings = config.rope_scaling
@@ -912,15 +850,12 @@ def yarn(inv_freq, config):
     magnitude = yarn_mscale(s, over) / yarn_mscale(s, under) if over and under else yarn_mscale(s, 1)
     return inv_freq, settings.get("attention_factor") or magnitude
 
-
 # ---- 10. Looking inside --------------------------------------------------------------------------
-
 
 def gates(modules):
     """The routers of `modules`: of blocks with experts, or the routers themselves."""
     found = [getattr(getattr(module, "mlp", module), "gate", module) for module in modules]
     return [module for module in dict.fromkeys(found) if isinstance(module, Router)]
-
 
 def check_inputs(input_ids, inputs_embeds, vocab):
     """ValueError unless there is exactly one of tokens (B, T) and embeddings (B, T, D)."""
@@ -932,14 +867,12 @@ def check_inputs(input_ids, inputs_embeds, vocab):
             raise ValueError(f"input_ids are {found}: must be integers (B, T)")
         check_ids("input_ids", input_ids, vocab)
 
-
 def check_ids(name, ids, vocab):
     """ValueError if a token or label id is outside the vocabulary (on a GPU its own check speaks)."""
     if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= vocab:
             raise ValueError(f"{name} hold {low if low < 0 else high}: must lie in 0..{vocab - 1}")
-
 
 @contextmanager
 def hooked(hooks):
@@ -950,7 +883,6 @@ def hooked(hooks):
     finally:
         for handle in handles:
             handle.remove()
-
 
 @contextmanager
 def observe(layers, attentions=False, hidden_states=False, routing=False):
@@ -965,7 +897,6 @@ def observe(layers, attentions=False, hidden_states=False, routing=False):
     out.attentions = tuple(lists["attentions"]) if attentions else None
     out.hidden_states = tuple(lists["hidden_states"]) if hidden_states else None
     out.routing = tuple(lists["routing"]) if routing else None
-
 
 @contextmanager
 def trace(model, *patterns):
@@ -986,9 +917,7 @@ def trace(model, *patterns):
     with hooked(hooks):
         yield seen
 
-
 # ---- 11. Generation -----------------------------------------------------------------------------
-
 
 @dataclass
 class Sampling:
@@ -1035,13 +964,11 @@ class Sampling:
         flat = torch.multinomial(probs.flatten(0, -2), 1, generator=self.generator)
         return flat.view(probs.shape[:-1])
 
-
 def stop_ids(config, eos_token_id):
     """End-of-sequence ids as a list: those given, else the config's; -1 stands for none."""
     given = config.eos_token_id if eos_token_id is None else eos_token_id
     ids = given if isinstance(given, list | tuple) else [] if given is None else [given]
     return [] if -1 in ids else list(ids)
-
 
 @torch.no_grad()
 def generate(
@@ -1082,16 +1009,13 @@ def generate(
         model.train(was_training)
     return torch.cat(tokens, 1)
 
-
 DeepseekV3ForCausalLM.generate = generate
 
 # ---- 12. Checkpoints, in the released layout ----------------------------------------------------
 
-
 # Switches that the whole family has in one position; other positions are refused.
 FIXED_KEYS = {"model_type": "deepseek_v3", "hidden_act": "silu", "attention_dropout": 0.0}
 FIXED_KEYS |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
-
 
 def config_values(given):
     """The fields of a config and `extra`, from keywords in any of the spellings in use."""
@@ -1117,6 +1041,22 @@ def config_values(given):
         values["rope_scaling"] = None
     return values | {"extra": given}
 
+def config_dict(config):
+    """Every field and every kept key, as config.json has them."""
+    known = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return FIXED_KEYS | known | config.extra
+
+def load_config(cls, directory, **overrides):
+    """Read directory/config.json; ValueError or FileNotFoundError names what is wrong."""
+    return cls(**(FIXED_KEYS | read_json(directory, "config.json") | overrides))
+
+def save_config(config, directory):
+    """Write directory/config.json."""
+    write_json(directory, "config.json", config.to_dict())
+
+DeepseekV3Config.to_dict = config_dict
+DeepseekV3Config.from_pretrained = classmethod(load_config)
+DeepseekV3Config.save_pretrained = save_config
 
 def check_config(config):
     """ValueError for a config that cannot work, naming field, value and what would be right."""
@@ -1157,7 +1097,6 @@ def check_config(config):
     if config.rope_scaling is not None:
         check_yarn(config.rope_scaling)
 
-
 def check_yarn(yarn):
     """ValueError for YaRN settings that cannot work."""
     if yarn.get("rope_type", yarn.get("type")) != "yarn":
@@ -1169,7 +1108,6 @@ def check_yarn(yarn):
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not optional and not (number and 0 < value < math.inf):
             raise ValueError(f"rope_scaling[{key!r}]={value!r}: must be a number above 0")
-
 
 def read_json(directory, name):
     """The object in directory/name; FileNotFoundError or ValueError names the file."""
@@ -1184,7 +1122,6 @@ def read_json(directory, name):
         raise ValueError(f"{path}: holds {type(content).__name__}, must be a JSON object")
     return content
 
-
 def write_json(directory, name, content):
     """Write directory/name in one step: a reader sees the old file or the new one."""
     Path(directory).mkdir(parents=True, exist_ok=True)
@@ -1192,9 +1129,7 @@ def write_json(directory, name, content):
     beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     beside.replace(Path(directory) / name)
 
-
 INDEX = "model.safetensors.index.json"
-
 
 class Checkpoint:
     """The tensors of a folder by name, read from model.safetensors or from the shards of its index."""
@@ -1236,7 +1171,6 @@ class Checkpoint:
     def get(self, name):
         return self.open(self.files[name]).get_tensor(name)
 
-
 def released_names(model, depth=None):
     """{parameter name: names of its tensors in a checkpoint}; a stack of experts is a name for each.
 
@@ -1254,11 +1188,9 @@ def released_names(model, depth=None):
         names[name] = [f"{head}.{e}.{leaf}.weight" for e in experts] or [f"{head}.{leaf}"]
     return names
 
-
 def persistent_buffers(model):
     """The router biases, by name: the only buffers that a checkpoint holds."""
     return [item for item in model.named_buffers() if item[0].endswith("e_score_correction_bias")]
-
 
 def mtp_copies(config, depth=None):
     """{name: name} of the embedding and head that a checkpoint repeats in each MTP module."""
@@ -1269,7 +1201,6 @@ def mtp_copies(config, depth=None):
         copies[f"model.layers.{layer}.embed_tokens.weight"] = "model.embed_tokens.weight"
         copies[f"model.layers.{layer}.shared_head.head.weight"] = head
     return copies
-
 
 def load_pretrained(
     cls, directory, device_map=None, dtype=None, num_hidden_layers=None, **overrides
@@ -1305,7 +1236,6 @@ def load_pretrained(
                 raise ValueError(f"{name}: differs from {of}, of which it must be a copy")
     return model.to(device).eval()
 
-
 def check_coverage(model, stored, sources, depth):
     """ValueError unless every tensor of the model is stored, in its shape, and nothing else is."""
     config, kept = model.config, model.config.num_hidden_layers
@@ -1331,12 +1261,10 @@ def check_coverage(model, stored, sources, depth):
         more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         raise ValueError(f"{stored.directory}: {'; '.join(sorted(wrong)[:10])}{more}")
 
-
 def find_tensor(model, name):
     """The parameter or buffer of that dotted name."""
     owner, _, leaf = name.rpartition(".")
     return getattr(model.get_submodule(owner), leaf)
-
 
 def put_tensor(model, name, tensor):
     """Put a loaded tensor where the parameter or buffer of that name is."""
@@ -1344,7 +1272,6 @@ def put_tensor(model, name, tensor):
     module = model.get_submodule(owner)
     is_parameter = leaf in module._parameters
     setattr(module, leaf, nn.Parameter(tensor) if is_parameter else tensor)
-
 
 def read_tensor(model, name, pieces, stored, device, dtype):
     """A parameter or buffer from its pieces, one, or one for each expert of a stack."""
@@ -1360,7 +1287,6 @@ def read_tensor(model, name, pieces, stored, device, dtype):
         place.copy_(stored.get(piece))
     return stack
 
-
 def stored_tensors(model):
     """{name: tensor} as a checkpoint holds them, experts apart and MTP copies repeated."""
     tensors = {}
@@ -1370,7 +1296,6 @@ def stored_tensors(model):
     if isinstance(model, DeepseekV3ForCausalLM):
         tensors |= {name: tensors[of].clone() for name, of in mtp_copies(model.config).items()}
     return tensors
-
 
 def save_pretrained(model, directory, max_shard_size="5GB"):
     """Write config.json and the weights, MTP modules included, in files of at most max_shard_size.
@@ -1406,7 +1331,6 @@ def save_pretrained(model, directory, max_shard_size="5GB"):
     model.config.extra |= {"torch_dtype": str(model.dtype).removeprefix("torch.")}
     model.config.save_pretrained(directory)
 
-
 def parse_size(size):
     """Bytes of "5GB", "200MB" or a number; ValueError otherwise."""
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -1420,7 +1344,6 @@ def parse_size(size):
         raise ValueError(f"max_shard_size={size!r}: must be bytes, or like '5GB' or '200MB'")
     return int(count)
 
-
 PreTrainedModel.device = property(lambda self: next(self.parameters()).device)
 PreTrainedModel.dtype = property(lambda self: next(self.parameters()).dtype)
 PreTrainedModel.from_pretrained = classmethod(load_pretrained)
@@ -1429,7 +1352,6 @@ PreTrainedModel.save_pretrained = save_pretrained
 # ---- 13. Training — §2.1.2, §4.2 ----------------------------------------------------------------
 
 BOS, EOS = "<|begin_of_sentence|>", "<|end_of_sentence|>"
-
 
 def corpus_files(data):
     """The text files to train on: those of a file or folder, or the Python standard library's own."""
@@ -1444,7 +1366,6 @@ def corpus_files(data):
         raise ValueError(f"{root}: {hint}")
     return files
 
-
 def read_pieces(path, size=1 << 20):
     """The text of a file in pieces of whole lines, so that it need not fit in memory."""
     try:
@@ -1453,7 +1374,6 @@ def read_pieces(path, size=1 << 20):
                 yield "".join(lines)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text (byte {error.start} of a piece)") from None
-
 
 def train_tokenizer(files, vocab_size):
     """A byte-level BPE tokenizer of at most vocab_size tokens; ids 0 and 1 begin and end a text."""
@@ -1467,7 +1387,6 @@ def train_tokenizer(files, vocab_size):
     tokenizer.train_from_iterator((piece for file in files for piece in read_pieces(file)), trainer)
     return tokenizer
 
-
 def write_tokens(files, tokenizer, path):
     """All files as one array of tokens on disk, each file ended by the end-of-sentence token."""
     dtype = token_dtype(tokenizer.get_vocab_size())
@@ -1477,10 +1396,8 @@ def write_tokens(files, tokenizer, path):
                 np.array(encoding.ids, dtype).tofile(sink)
             np.array([tokenizer.token_to_id(EOS)], dtype).tofile(sink)
 
-
 def token_dtype(vocab_size):
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
-
 
 class Corpus:
     """Windows of T tokens from the array at `path`; the last twentieth is held out for validation.
@@ -1521,7 +1438,6 @@ class Corpus:
         labels[:, 1:][input_ids[:, :-1] == self.eos] = -100  # no document predicts the next one
         return input_ids, labels
 
-
 def learning_rate_factor(progress, warmup):
     """§4.2's schedule over a run's progress 0..1: linear up, constant, cosine to a tenth, two steps."""
     if progress < warmup:
@@ -1531,7 +1447,6 @@ def learning_rate_factor(progress, warmup):
     if progress < 14.3 / 14.8:
         return 0.55 + 0.45 * math.cos(math.pi * (progress * 14.8 - 10) / 4.3)
     return 0.1 if progress < 14.633 / 14.8 else 0.033
-
 
 class Trainer:
     """One training run: model, optimizer, data, and what it writes to options.out."""
@@ -1635,33 +1550,26 @@ class Trainer:
         bytes_a_token = sum(len(window.encode()) for window in text) / input_ids.numel()
         return {"val_loss": loss, "val_bits_per_byte": loss / math.log(2) / bytes_a_token}
 
-
 def save_tokenizer(tokenizer, directory):
     """tokenizer.json, and what transformers' AutoTokenizer wants beside it."""
     tokenizer.save(str(Path(directory) / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS}
     write_json(directory, "tokenizer_config.json", settings | {"clean_up_tokenization_spaces": False})
 
-
 def start_processes(device):
     """This process's rank, how many there are, and its device; joins the others under torchrun."""
     return 0, 1, torch.device(device)
 
-
 def shard(model, device, world):
     return model.to(device)
-
 
 def barrier(world):
     pass
 
-
 def mean_over_ranks(values, world):
     return values
 
-
 # ---- 14. Commands -------------------------------------------------------------------------------
-
 
 def train_command(options):
     """Train, and end with a sample and the next command."""
@@ -1672,14 +1580,12 @@ def train_command(options):
     stream_text(trainer.model, trainer.tokenizer, prompt, 100, 0.7, options.seed)
     print(f"\nNext: python deepseek_v3.py generate {options.out} {json.dumps(prompt)}")
 
-
 def generate_command(options):
     """Continue a prompt with the model of a folder."""
     model = DeepseekV3ForCausalLM.from_pretrained(options.directory)
     tokenizer = Tokenizer.from_file(str(Path(options.directory) / "tokenizer.json"))
     stream_text(model, tokenizer, options.prompt, options.max_new_tokens, options.temperature, options.seed)
     print()
-
 
 def stream_text(model, tokenizer, prompt, max_new_tokens, temperature, seed):
     """Print the prompt and, as it comes, its continuation; whole characters only."""
@@ -1694,7 +1600,6 @@ def stream_text(model, tokenizer, prompt, max_new_tokens, temperature, seed):
         generator=torch.Generator(model.device).manual_seed(seed),
         streamer=lambda token: print(stream.step(tokenizer, int(token[0])) or "", end="", flush=True),
     )
-
 
 def parser():
     """The command line: one sub-command for each function above."""
@@ -1725,7 +1630,6 @@ def parser():
     run.add_argument("--seed", type=int, default=0)
     return main
 
-
 def main(arguments=None):
     """Run a command; a bad argument or file is one line on stderr and exit status 2."""
     options = parser().parse_args(arguments)
@@ -1733,7 +1637,6 @@ def main(arguments=None):
         options.run(options)
     except (ValueError, OSError) as error:
         sys.exit(str(error))
-
 
 if __name__ == "__main__":
     main()
