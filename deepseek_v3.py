@@ -49,6 +49,8 @@ import difflib
 import fnmatch
 import json
 import math
+import os
+import shutil
 import sys
 import sysconfig
 import time
@@ -1353,18 +1355,20 @@ PreTrainedModel.save_pretrained = save_pretrained
 
 BOS, EOS = "<|begin_of_sentence|>", "<|end_of_sentence|>"
 
-def corpus_files(data):
-    """The text files to train on: those of a file or folder, or the Python standard library's own."""
+def corpus_files(data, seed):
+    """The text files of a file or folder, or of the Python standard library, in shuffled order."""
     root = Path(sysconfig.get_path("stdlib") if data is None else data)
-    if root.is_file():
-        return [root]
+    if data is not None and not root.exists():
+        raise FileNotFoundError(f"--data {root}: no such file or folder")
+    files = [root] if root.is_file() else sorted(root.rglob("*.py" if data is None else "[!.]*"))
     others = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"}
-    files = [path for path in sorted(root.rglob("*.py" if data is None else "*")) if path.is_file()]
-    files = [path for path in files if data is not None or not others & set(path.parts)]
+    skipped = {"__pycache__"} | (set() if data else others)
+    files = [file for file in files if file.is_file() and not skipped & set(file.parts)]
     if not files:
-        hint = "this Python ships without its sources: give --data" if data is None else "no files in it"
+        hint = "holds no files" if data else "this Python came without its sources, give --data"
         raise ValueError(f"{root}: {hint}")
-    return files
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))
+    return [files[i] for i in order]
 
 def read_pieces(path, size=1 << 20):
     """The text of a file in pieces of whole lines, so that it need not fit in memory."""
@@ -1373,58 +1377,67 @@ def read_pieces(path, size=1 << 20):
             while lines := file.readlines(size):
                 yield "".join(lines)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text (byte {error.start} of a piece)") from None
+        raise ValueError(f"{path}: not UTF-8 text ({error})") from None
 
 def train_tokenizer(files, vocab_size):
     """A byte-level BPE tokenizer of at most vocab_size tokens; ids 0 and 1 begin and end a text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[BOS, EOS], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator((piece for file in files for piece in read_pieces(file)), trainer)
     return tokenizer
 
+def save_tokenizer(tokenizer, directory):
+    """tokenizer.json, and what transformers' AutoTokenizer wants beside it."""
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS}
+    write_json(directory, "tokenizer_config.json", settings | {"clean_up_tokenization_spaces": False})
+    write_json(directory, "tokenizer.json", json.loads(tokenizer.to_str()))
+
 def write_tokens(files, tokenizer, path):
-    """All files as one array of tokens on disk, each file ended by the end-of-sentence token."""
-    dtype = token_dtype(tokenizer.get_vocab_size())
-    with open(path, "wb") as sink:
-        for file in tqdm(files, desc="tokenising", unit="file", disable=None):
-            for encoding in tokenizer.encode_batch(list(read_pieces(file))):
+    """All files as one array of tokens on disk, each ended by the end-of-sentence token."""
+    dtype, beside = token_dtype(tokenizer.get_vocab_size()), path.with_suffix(".tmp")
+    with open(beside, "wb") as sink:
+        for file in tqdm(files, desc="tokenising", unit="file"):
+            for encoding in tokenizer.encode_batch_fast(list(read_pieces(file))):
                 np.array(encoding.ids, dtype).tofile(sink)
             np.array([tokenizer.token_to_id(EOS)], dtype).tofile(sink)
+    beside.replace(path)
 
 def token_dtype(vocab_size):
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 class Corpus:
-    """Windows of T tokens from the array at `path`; the last twentieth is held out for validation.
+    """Windows of T tokens of the array at `path`; the last twentieth of it is held out.
 
-    Windows are visited in a new order every epoch, fixed by the seed: `position` windows in, the next
-    ones are known, so that the position is all that a resumed run needs.
+    Every epoch visits the windows in another order, fixed by the seed, so that the number of windows
+    seen so far is all that a resumed run has to know. The array is mapped, never read as a whole.
     """
 
     def __init__(self, path, vocab_size, eos, T, seed):
         self.tokens = np.memmap(path, token_dtype(vocab_size), "r")
-        self.eos, self.T, self.seed = eos, T, seed
+        self.eos, self.T, self.seed, self.epoch = eos, T, seed, None
         cut = len(self.tokens) * 19 // 20
         ends = np.flatnonzero(self.tokens[cut : cut + len(self.tokens) // 40] == eos)
         self.cut = cut + int(ends[0]) + 1 if len(ends) else cut  # at the end of a document, if near
         self.windows = self.cut // T
-        if self.windows < 1 or len(self.tokens) - self.cut < 2:
-            raise ValueError(f"a corpus of {len(self.tokens)} tokens: too short for windows of {T}")
+        if self.windows < 1 or len(self.tokens) - self.cut < T:
+            raise ValueError(f"a corpus of {len(self.tokens)} tokens is too short: 20 x {T} needed")
 
     def batch(self, position, count):
-        """Windows `position` .. `position + count`; (count, T) tokens and labels."""
-        orders, starts = {}, []
+        """Windows position .. position + count of the run -> tokens and labels, (count, T) each."""
+        starts = []
         for i in range(position, position + count):
             epoch, place = divmod(i, self.windows)
-            if epoch not in orders:
-                generator = torch.Generator().manual_seed(self.seed + epoch)
-                orders[epoch] = torch.randperm(self.windows, generator=generator)
-            starts.append(int(orders[epoch][place]) * self.T)
+            if epoch != self.epoch:
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                self.epoch, self.order = epoch, torch.randperm(self.windows, generator=generator)
+            starts.append(int(self.order[place]) * self.T)
         return self.read(starts)
 
     def held_out(self, count):
@@ -1439,31 +1452,79 @@ class Corpus:
         return input_ids, labels
 
 def learning_rate_factor(progress, warmup):
-    """§4.2's schedule over a run's progress 0..1: linear up, constant, cosine to a tenth, two steps."""
+    """§4.2's schedule by progress 0..1: linear up, constant, cosine to a tenth, then two steps."""
     if progress < warmup:
         return progress / warmup
-    if progress < 10 / 14.8:
+    if progress < 10 / 14.8:  # trillions of tokens
         return 1.0
     if progress < 14.3 / 14.8:
         return 0.55 + 0.45 * math.cos(math.pi * (progress * 14.8 - 10) / 4.3)
-    return 0.1 if progress < 14.633 / 14.8 else 0.033
+    return 0.1 if progress < 14.633 / 14.8 else 0.0332
+
+def start_processes(device):
+    """This process's rank, how many there are, and its device; one process on a CPU starts none."""
+    import torch.distributed as dist
+
+    device = torch.device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:  # set by torchrun
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group(backend)
+    elif device.type == "cuda":
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    started = dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size(), device) if started else (0, 1, device)
+
+def shard(model, device):
+    """Split parameters and optimizer state over the processes; on a GPU, compute in bfloat16 too."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    if not dist.is_initialized():
+        return model.to(device)
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    gpu = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = gpu if device.type == "cuda" else MixedPrecisionPolicy()
+    model = model.to(device)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
 
 class Trainer:
-    """One training run: model, optimizer, data, and what it writes to options.out."""
+    """One run: model, optimizer, data, and what it writes to options.out. Nothing in it is random but
+    the first weights and the order of the data, so step and position are all its state besides."""
 
     def __init__(self, options):
-        self.options, self.out, self.step = options, Path(options.out), 0
+        self.options, self.out = options, Path(options.out)
+        self.states = self.out / "states"
+        self.step, self.position = 0, 0  # optimizer steps, windows of the corpus
         self.rank, self.world, self.device = start_processes(options.device)
+        self.check_options()
         self.tokenizer, tokens = self.prepare_data()
-        config = self.make_config()
-        T, seed = options.length, options.seed
-        self.corpus = Corpus(tokens, config.vocab_size, config.eos_token_id, T, seed)
-        torch.manual_seed(seed)
-        self.model = shard(DeepseekV3ForCausalLM(config), self.device, self.world)
-        matrices = [p for p in self.model.parameters() if p.ndim > 1]
-        vectors = [p for p in self.model.parameters() if p.ndim <= 1]
-        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+        self.config = self.make_config()
+        ids = self.config.vocab_size, self.config.eos_token_id
+        self.corpus = Corpus(tokens, *ids, options.length, options.seed)
+        torch.manual_seed(options.seed)
+        self.model = shard(DeepseekV3ForCausalLM(self.config), self.device)
+        self.model.model.gradient_checkpointing = options.recompute
+        parameters = list(self.model.parameters())
+        groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.1}]
+        groups += [{"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, options.lr, betas=(0.9, 0.95))
+        self.find_state()
+
+    def check_options(self):
+        """ValueError for options that cannot work, before anything is written."""
+        options, parts = self.options, self.world * self.options.accumulate
+        for name in ("steps", "batch", "length", "accumulate", "vocab_size", "save_every", "keep"):
+            if getattr(options, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be 1 or more")
+        if options.batch % parts:
+            raise ValueError(f"--batch {options.batch}: must be a multiple of {parts}, its parts")
+        if options.length < 4 or options.vocab_size < 258 or not options.lr > 0:
+            raise ValueError("needed: --length 4 or more, --vocab-size 258 or more, --lr above 0")
 
     def make_config(self):
         """The config of --config or the tiny one, with the tokenizer's vocabulary."""
@@ -1476,39 +1537,48 @@ class Trainer:
         return DeepseekV3Config(**(FIXED_KEYS | read_json(path.parent, path.name) | vocabulary))
 
     def prepare_data(self):
-        """The tokenizer, and the path of the token array; the first process makes both."""
+        """The tokenizer, and the path of the token array; the first process makes them, once."""
         vocabulary, tokens = self.out / "tokenizer.json", self.out / "tokens.bin"
-        if self.rank == 0:
-            files = corpus_files(self.options.data)
+        made = self.options.resume and vocabulary.exists() and tokens.exists()
+        if self.rank == 0 and not made:
+            files = corpus_files(self.options.data, self.options.seed)
             self.out.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(self.states, ignore_errors=True)  # of an earlier run
+            tokens.unlink(missing_ok=True)
             tokenizer = train_tokenizer(files, self.options.vocab_size)
-            write_tokens(files, tokenizer, tokens)
             save_tokenizer(tokenizer, self.out)
-        barrier(self.world)
+            write_tokens(files, tokenizer, tokens)
+        self.wait()
         return Tokenizer.from_file(str(vocabulary)), tokens
 
     def run(self):
-        """Train to options.steps with a progress bar, then write the checkpoint."""
+        """Train to options.steps, log every step, save states, and write the checkpoint at the end."""
         options, metrics = self.options, self.out / "metrics.jsonl"
-        metrics.write_text("")
-        with tqdm(total=options.steps, unit="step", disable=self.rank > 0) as bar:
+        bar = tqdm(total=options.steps, initial=self.step, unit="step", disable=self.rank > 0)
+        with bar, open(metrics, "a", encoding="utf-8") as log:
             while self.step < options.steps:
                 line = self.train_step()
+                last = self.step == options.steps
+                if last or self.step % options.eval_every == 0:
+                    line |= self.evaluate()
+                if self.rank == 0:
+                    print(json.dumps(line), file=log, flush=True)
                 bar.set_postfix(loss=line["loss"], violation=line["max_violation"])
                 bar.update()
-                if self.step % options.eval_every == 0 or self.step == options.steps:
-                    line |= self.evaluate()
-                with open(metrics, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
-        self.model.save_pretrained(self.out)
-        return line
+                if last or self.step % options.save_every == 0:
+                    self.save_state()
+        return self.save_checkpoint()
 
     def train_step(self):
         """One optimizer step over the global batch -> its line of metrics."""
         options, began, progress = self.options, time.perf_counter(), self.step / self.options.steps
         self.model.train()
-        self.model.config.mtp_loss_weight = 0.3 if progress < 10 / 14.8 else 0.1
-        losses = self.backward()
+        self.config.mtp_loss_weight = 0.3 if progress < 10 / 14.8 else 0.1  # λ, §4.2
+        first, ramp = self.position, progress / (options.batch_ramp or 1e-9)
+        losses = self.backward(min(1.0, 0.2 + 0.8 * ramp))  # the report's batch grows fivefold
+        if not math.isfinite(losses["loss"]):
+            found = f"step {self.step + 1}: the loss is {losses['loss']}"
+            raise FloatingPointError(f"{found}; the last good state is kept in {self.states}")
         lr = options.lr * learning_rate_factor(progress, options.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -1516,31 +1586,33 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         gamma = options.gamma if progress < 14.3 / 14.8 else 0.0
-        violations = self.model.update_router_bias(gamma)
+        violations = self.model.update_router_bias(gamma, centred=options.centred)
         self.step += 1
-        speed = options.batch * options.length / (time.perf_counter() - began)
+        speed = (self.position - first) * options.length / (time.perf_counter() - began)
         line = {"step": self.step, **losses, "max_violation": sum(violations) / max(len(violations), 1)}
+        norm = getattr(norm, "full_tensor", lambda: norm)()
         line |= {"lr": lr, "grad_norm": float(norm), "tokens_per_second": speed}
         return line | {"layer_violations": violations}
 
-    def backward(self):
+    def backward(self, ramp):
         """Gradients of the global batch, in options.accumulate parts -> the means of its losses."""
         options, names = self.options, ("loss", "main_loss", "mtp_loss", "balance_loss")
-        share = options.batch // (self.world * options.accumulate)  # sequences at once
+        share = max(1, int(options.batch * ramp) // (self.world * options.accumulate))
         means = torch.zeros(len(names), device=self.device)
-        for part in range(options.accumulate):
-            position = self.step * options.batch + (part * self.world + self.rank) * share
-            input_ids, labels = (t.to(self.device) for t in self.corpus.batch(position, share))
-            out = self.model(input_ids, labels=labels)
+        for _ in range(options.accumulate):
+            input_ids, labels = self.corpus.batch(self.position + self.rank * share, share)
+            self.position += self.world * share
+            out = self.model(input_ids.to(self.device), labels=labels.to(self.device))
             (out.loss / options.accumulate).backward()
-            losses = [getattr(out, name) for name in names]
-            means += torch.stack([means[0] * 0 if x is None else x.detach() for x in losses])
-        means = mean_over_ranks(means / options.accumulate, self.world)
-        return dict(zip(names, means.tolist(), strict=True))
+            losses = [getattr(out, name) for name in names]  # None: no MTP modules
+            means += torch.stack([means.new_zeros(()) if x is None else x.detach() for x in losses])
+        if self.world > 1:
+            torch.distributed.all_reduce(means)
+        return dict(zip(names, (means / (options.accumulate * self.world)).tolist(), strict=True))
 
     @torch.no_grad()
     def evaluate(self, windows=32):
-        """Loss of the held-out text, a token and in bits a byte."""
+        """Loss on held-out text, a token and in bits a byte."""
         self.model.eval()
         input_ids, labels = self.corpus.held_out(windows)
         parts = zip(input_ids.split(8), labels.split(8), strict=True)
@@ -1550,35 +1622,87 @@ class Trainer:
         bytes_a_token = sum(len(window.encode()) for window in text) / input_ids.numel()
         return {"val_loss": loss, "val_bits_per_byte": loss / math.log(2) / bytes_a_token}
 
-def save_tokenizer(tokenizer, directory):
-    """tokenizer.json, and what transformers' AutoTokenizer wants beside it."""
-    tokenizer.save(str(Path(directory) / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS}
-    write_json(directory, "tokenizer_config.json", settings | {"clean_up_tokenization_spaces": False})
+    def settings(self):
+        """What a resumed run must have in common with the one that it continues."""
+        options = {name: getattr(self.options, name) for name in ("batch", "length", "seed")}
+        config = {k: v for k, v in self.config.to_dict().items() if k != "mtp_loss_weight"}
+        return options | {"tokens": len(self.corpus.tokens)} | config
 
-def start_processes(device):
-    """This process's rank, how many there are, and its device; joins the others under torchrun."""
-    return 0, 1, torch.device(device)
+    def state(self):
+        """Model, optimizer and counters as torch.distributed.checkpoint takes them."""
+        from torch.distributed.checkpoint.state_dict import get_state_dict
 
-def shard(model, device, world):
-    return model.to(device)
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optimizer, "step": self.step, "position": self.position}
 
-def barrier(world):
-    pass
+    def save_state(self):
+        """A folder of its own for this step; it appears whole or not at all, the last few are kept."""
+        import torch.distributed.checkpoint as dcp
 
-def mean_over_ranks(values, world):
-    return values
+        folder = self.states / f"step-{self.step:08d}"
+        beside = folder.with_suffix(".tmp")
+        dcp.save(self.state(), checkpoint_id=beside)
+        if self.rank == 0:
+            write_json(beside, "settings.json", self.settings())
+            shutil.rmtree(folder, ignore_errors=True)
+            beside.rename(folder)
+            for old in sorted(self.states.glob("step-????????"))[: -self.options.keep]:
+                shutil.rmtree(old)
+        self.wait()
+
+    def find_state(self):
+        """With --resume, go on from the newest state, if there is one, and cut the log back to it."""
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict import set_state_dict
+
+        found = sorted(self.states.glob("step-????????")) if self.options.resume else []
+        if found:
+            then, now = read_json(found[-1], "settings.json"), json.loads(json.dumps(self.settings()))
+            for name in then.keys() | now.keys():
+                if then.get(name) != now.get(name):
+                    raise ValueError(f"--resume: {name} is {now.get(name)!r}, was {then.get(name)!r}")
+            state = self.state()
+            dcp.load(state, checkpoint_id=found[-1])
+            parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+            set_state_dict(self.model, self.optimizer, **parts)
+            self.step, self.position = state["step"], state["position"]
+        if self.rank == 0:
+            metrics = self.out / "metrics.jsonl"
+            lines = metrics.read_text(encoding="utf-8").splitlines() if found else []
+            metrics.write_text("".join(line + "\n" for line in lines[: self.step]), encoding="utf-8")
+
+    def save_checkpoint(self):
+        """The whole model in the released layout, by the first process -> that model, or None."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(self.model, options=whole)
+        if self.rank > 0:
+            return None
+        model = DeepseekV3ForCausalLM(self.config)
+        model.load_state_dict(state)
+        model.save_pretrained(self.out)
+        return model.eval()
+
+    def wait(self):
+        """Until every process is here."""
+        if self.world > 1:
+            torch.distributed.barrier()
 
 # ---- 14. Commands -------------------------------------------------------------------------------
 
 def train_command(options):
     """Train, and end with a sample and the next command."""
     trainer = Trainer(options)
-    line = trainer.run()
-    print(f"held-out loss {line['val_loss']:.3f}, {line['val_bits_per_byte']:.3f} bits a byte")
-    prompt = "def "
-    stream_text(trainer.model, trainer.tokenizer, prompt, 100, 0.7, options.seed)
-    print(f"\nNext: python deepseek_v3.py generate {options.out} {json.dumps(prompt)}")
+    try:
+        model = trainer.run()
+    except KeyboardInterrupt:
+        trainer.save_state()
+        sys.exit(f"stopped at step {trainer.step}; the same command with --resume goes on from there")
+    if model is not None:
+        prompt = "def "
+        stream_text(model, trainer.tokenizer, prompt, 100, 0.7, options.seed)
+        print(f"\n\nNext: python deepseek_v3.py generate {options.out} {json.dumps(prompt)}")
 
 def generate_command(options):
     """Continue a prompt with the model of a folder."""
@@ -1609,16 +1733,22 @@ def parser():
     train.set_defaults(run=train_command)
     train.add_argument("--data", help="text file or folder (default: Python's standard library)")
     train.add_argument("--config", help="config.json of the model (default: the tiny one)")
-    train.add_argument("--out", default="out", help="folder for the checkpoint and metrics.jsonl")
-    train.add_argument("--steps", type=int, default=400)
-    train.add_argument("--batch", type=int, default=16, help="sequences a step, over all processes")
+    train.add_argument("--out", default="out", help="folder for checkpoint, states, metrics.jsonl")
+    train.add_argument("--steps", type=int, default=500)
+    train.add_argument("--batch", type=int, default=16, help="sequences a step, of all processes")
+    train.add_argument("--batch-ramp", type=float, default=0.0, help="part of the run it grows over")
     train.add_argument("--length", type=int, default=128, help="tokens a sequence")
-    train.add_argument("--accumulate", type=int, default=1, help="parts that a step's batch runs in")
+    train.add_argument("--accumulate", type=int, default=1, help="parts that a batch runs in")
+    train.add_argument("--recompute", action="store_true", help="recompute layers to save memory")
     train.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
-    train.add_argument("--warmup", type=float, default=0.05, help="part of the run")
+    train.add_argument("--warmup", type=float, default=0.02, help="part of the run it rises over")
     train.add_argument("--gamma", type=float, default=0.002, help="step of the router bias")
+    train.add_argument("--centred", action="store_true", help="router bias steps of mean zero")
     train.add_argument("--vocab-size", type=int, default=2048, help="of the tokenizer to train")
     train.add_argument("--eval-every", type=int, default=100, help="steps")
+    train.add_argument("--save-every", type=int, default=250, help="steps between states")
+    train.add_argument("--keep", type=int, default=2, help="states to keep")
+    train.add_argument("--resume", action="store_true", help="go on from the newest state in --out")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run = commands.add_parser("generate", help="continue a prompt")
@@ -1635,8 +1765,11 @@ def main(arguments=None):
     options = parser().parse_args(arguments)
     try:
         options.run(options)
+    except FloatingPointError as error:
+        sys.exit(f"deepseek_v3.py: {error}")
     except (ValueError, OSError) as error:
-        sys.exit(str(error))
+        print(f"deepseek_v3.py: {error}", file=sys.stderr)
+        sys.exit(2)
 
 if __name__ == "__main__":
     main()
