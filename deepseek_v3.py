@@ -11,6 +11,7 @@ What is unusual here, if you know GPT-2 or Llama:
 Reading map, top to bottom; what a part uses stands above it, but for helpers named with their section:
   1 config   2 RoPE   3 cache, masks   4 attention   5 experts   6 block, MTP   7 model, heads
   8 losses, balancing   9 YaRN   10 looking inside   11 generation   12 checkpoints
+  13 training   14 commands
   tokens -> embed_tokens -> layers[:L] -> norm -> lm_head; layers[L:] are the MTP modules.
 
 Letters in shape comments and einsum = report's symbol = config field (released value):
@@ -50,6 +51,7 @@ import fnmatch
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import sysconfig
@@ -161,7 +163,7 @@ def rope_frequencies(config):
     return (inv_freq, 1.0) if config.rope_scaling is None else yarn(inv_freq, config)  # section 9
 
 class RotaryEmbedding(nn.Module):
-    """cos and sin of all angles; position_ids (B, T) -> two (B, T, 1, R/2), 1 for all heads."""
+    """cos and sin of all angles; position_ids (B or 1, T) -> two (B or 1, T, 1, R/2)."""
 
     def __init__(self, config):
         super().__init__()
@@ -170,7 +172,7 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, position_ids):
         self.inv_freq = self.inv_freq.to(position_ids.device)
-        angles = position_ids[:, :, None, None].float() * self.inv_freq  # (B, T, 1, R/2)
+        angles = position_ids[:, :, None, None].float() * self.inv_freq  # (B or 1, T, 1, R/2)
         return angles.cos() * self.magnitude, angles.sin() * self.magnitude
 
 def apply_rope(x, rope):
@@ -224,7 +226,7 @@ def key_mask(attention_mask, cache, B, T):
     if attention_mask is not None:
         if attention_mask.shape != (B, past + T):
             found, right = tuple(attention_mask.shape), (B, past + T)
-            raise ValueError(f"attention_mask of shape {found}: must be {right}, cached + new tokens")
+            raise ValueError(f"attention_mask of shape {found}: must be {right}, cached and new")
         # Without padding the plain-causal form is faster; asking costs one synchronisation.
         keys = None if T > 1 and attention_mask.all() else attention_mask.bool()
     elif keys is not None:
@@ -431,7 +433,7 @@ def grouped_linear(x, weight, ends):
     if aligned and x.dtype in (torch.float32, torch.bfloat16):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
     # What the kernel does not take, float64 and odd widths, runs as a product an expert.
-    groups = x.tensor_split(ends[:-1].cpu())
+    groups = x.tensor_split(ends[:-1].long().cpu())
     return torch.cat([group @ expert.T for group, expert in zip(groups, weight, strict=True)])
 
 class Experts(nn.Module):
@@ -646,8 +648,9 @@ class DeepseekV3ForCausalLM(PreTrainedModel):
         if labels is not None and logits_to_keep or output_mtp and past:
             raise ValueError("labels need all logits, output_mtp needs all tokens in this call")
         out = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **observe
-        )
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
+            **observe,
+        )  # fmt: skip
         out.logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:])  # (B, T, vocab)
         if output_mtp or labels is not None and not past:
             embeds = self.model.embed(input_ids, inputs_embeds)  # (B, T, D)
@@ -666,7 +669,8 @@ class DeepseekV3ForCausalLM(PreTrainedModel):
         # state is, and as other implementations measured better acceptance with.
         hidden, logits = out.last_hidden_state, []
         for k, block in enumerate(self.mtp_blocks[: embeds.shape[1] - 1], 1):
-            mask = None if attention_mask is None else attention_mask[:, :-k] * attention_mask[:, k:]
+            real = attention_mask
+            mask = None if real is None else real[:, :-k] * real[:, k:]
             positions = None if position_ids is None else position_ids[:, :-k]
             hidden = hidden[:, :-1]  # (B, T-k, D)
             keys, rope, pattern = self.model.context(hidden, mask, positions, None)
@@ -674,7 +678,7 @@ class DeepseekV3ForCausalLM(PreTrainedModel):
                 hidden = block(hidden, embeds[:, k:], rope, pattern)  # (B, T-k, D)
             if self.training:
                 out.balance_loss = out.balance_loss + balance([block], seen.routing, keys)
-            logits.append(self.lm_head(hidden))  # Eq. 23
+            logits += [self.lm_head(hidden)]  # Eq. 23
         out.mtp_logits = tuple(logits) or None
 
 class DeepseekV3ForTokenClassification(PreTrainedModel):
@@ -694,8 +698,9 @@ class DeepseekV3ForTokenClassification(PreTrainedModel):
     ):  # fmt: skip
         """As DeepseekV3Model, with logits and, given labels, the loss."""
         out = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **observe
-        )
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
+            **observe,
+        )  # fmt: skip
         out.logits = self.score(self.pool(out.last_hidden_state, input_ids, attention_mask))
         if labels is not None:
             classification_loss(self, out, labels)  # section 8
@@ -728,7 +733,8 @@ def shifted_cross_entropy(logits, labels, shift):
 def causal_losses(model, out, labels):
     """Cross-entropy, MTP loss and their weighted sum with the balance loss, into `out`."""
     if labels.shape != out.logits.shape[:2]:
-        raise ValueError(f"labels of shape {tuple(labels.shape)}: must be {tuple(out.logits.shape[:2])}")
+        found, right = tuple(labels.shape), tuple(out.logits.shape[:2])
+        raise ValueError(f"labels of shape {found}: must be {right}, as the tokens")
     check_ids("labels", labels[labels != -100], model.config.vocab_size)
     out.loss = out.main_loss = shifted_cross_entropy(out.logits, labels, 1)
     if out.mtp_logits is not None:
@@ -849,7 +855,8 @@ def yarn(inv_freq, config):
     slowed = ((pair - low) / max(high - low, 0.001)).clamp(0, 1)  # 0 for fast pairs, 1 for slow
     inv_freq = inv_freq * (1 - slowed) + inv_freq / s * slowed  # (R/2)
     # What the softmax scale takes in full (mscale_all_dim), cos and sin need not repeat: 1 as released.
-    magnitude = yarn_mscale(s, over) / yarn_mscale(s, under) if over and under else yarn_mscale(s, 1)
+    magnitude = yarn_mscale(s, over if over and under else 1)
+    magnitude = magnitude / yarn_mscale(s, under) if over and under else magnitude
     return inv_freq, settings.get("attention_factor") or magnitude
 
 # ---- 10. Looking inside --------------------------------------------------------------------------
@@ -891,7 +898,8 @@ def observe(layers, attentions=False, hidden_states=False, routing=False):
     """A ModelOutput whose asked-for fields hold, after the block, what the layers returned."""
     out = ModelOutput()
     lists = {"attentions": [], "hidden_states": [], "routing": []}
-    hooks = [(layer.self_attn.softmax, lists["attentions"].append) for layer in layers if attentions]
+    softmaxes = [layer.self_attn.softmax for layer in layers]
+    hooks = [(softmax, lists["attentions"].append) for softmax in softmaxes if attentions]
     hooks += [(layer, lists["hidden_states"].append) for layer in layers if hidden_states]
     hooks += [(gate, lists["routing"].append) for gate in gates(layers) if routing]
     with hooked(hooks):
@@ -910,7 +918,7 @@ def trace(model, *patterns):
     names = dict(model.named_modules())
     seen, hooks = {}, []
     for pattern in patterns:
-        hits = [n for n in names if fnmatch.fnmatch(n, pattern) or fnmatch.fnmatch(n, "*." + pattern)]
+        hits = fnmatch.filter(names, pattern) + fnmatch.filter(names, "*." + pattern)
         if not hits:
             last = pattern.rsplit(".", 1)[-1]
             near = [name for name in names if last in name] or list(names)[1:]
@@ -991,7 +999,7 @@ def generate(
     pad = pad if pad is not None else int(stops[0]) if len(stops) else 0
     cache = LatentCache(input_ids.shape[1] + max_new_tokens)
     finished = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)  # (B)
-    tokens, new, rows = [input_ids], input_ids, torch.arange(len(input_ids), device=input_ids.device)
+    tokens, new, rows = [input_ids], input_ids, torch.arange(len(input_ids))
     was_training = model.training
     model.eval()
     try:
@@ -1253,11 +1261,13 @@ def check_coverage(model, stored, sources, depth):
         for piece in set(pieces) - set(missing):
             if stored.shape(piece) != shape:
                 wrong.append(f"{piece}: of shape {stored.shape(piece)}, must be {shape}")
-    skipped = [f"model.layers.{i}." for i in range(kept, depth)]
-    skipped += [] if config.num_nextn_predict_layers else [f"model.layers.{depth}."]
-    skipped += [] if isinstance(model, DeepseekV3ForCausalLM) else ["lm_head.", f"model.layers.{depth}."]
+    causal = isinstance(model, DeepseekV3ForCausalLM)
+    last = depth + (config.num_nextn_predict_layers if causal else 0)
     for name in stored.files.keys() - wanted:
-        if not name.startswith(tuple(skipped)) and not name.endswith("rotary_emb.inv_freq"):
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        skipped = layer and (kept <= int(layer[1]) < depth or int(layer[1]) >= last)
+        skipped = skipped or name.endswith("rotary_emb.inv_freq")
+        if not skipped and not (name == "lm_head.weight" and not causal):
             wrong.append(f"{name}: unexpected")
     if wrong:
         more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
@@ -1396,7 +1406,8 @@ def train_tokenizer(files, vocab_size):
 def save_tokenizer(tokenizer, directory):
     """tokenizer.json, and what transformers' AutoTokenizer wants beside it."""
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS}
-    write_json(directory, "tokenizer_config.json", settings | {"clean_up_tokenization_spaces": False})
+    settings |= {"clean_up_tokenization_spaces": False}
+    write_json(directory, "tokenizer_config.json", settings)
     write_json(directory, "tokenizer.json", json.loads(tokenizer.to_str()))
 
 def write_tokens(files, tokenizer, path):
@@ -1492,70 +1503,74 @@ def shard(model, device):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh, mp_policy=policy)
 
+def check_training(options, world):
+    """ValueError for options that cannot work, before anything is written."""
+    for name in ("steps", "batch", "length", "accumulate", "vocab_size", "save_every", "keep"):
+        flag, value = "--" + name.replace("_", "-"), getattr(options, name)
+        if value < 1:
+            raise ValueError(f"{flag} {value}: must be 1 or more")
+    parts = world * options.accumulate
+    if options.batch % parts:
+        raise ValueError(f"--batch {options.batch}: must be a multiple of {parts}, its parts")
+    if options.length < 4 or options.vocab_size < 258 or not 0 < options.lr < math.inf:
+        raise ValueError("needed: --length 4 or more, --vocab-size 258 or more, --lr above 0")
+
+def prepare_data(options):
+    """Make tokenizer.json and tokens.bin in options.out, once: a resumed run finds them there."""
+    out = Path(options.out)
+    if options.resume and (out / "tokenizer.json").exists() and (out / "tokens.bin").exists():
+        return
+    files = corpus_files(options.data, options.seed)
+    tokenizer = train_tokenizer(files, options.vocab_size)
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out / "states", ignore_errors=True)  # of an earlier run
+    (out / "tokens.bin").unlink(missing_ok=True)
+    save_tokenizer(tokenizer, out)
+    write_tokens(files, tokenizer, out / "tokens.bin")
+
+def training_config(path, tokenizer):
+    """The config in the file `path`, or the tiny one, with the tokenizer's vocabulary."""
+    vocabulary = {"vocab_size": tokenizer.get_vocab_size()}
+    vocabulary |= {"bos_token_id": tokenizer.token_to_id(BOS)}
+    vocabulary |= {"eos_token_id": tokenizer.token_to_id(EOS)}
+    if path is None:
+        return DeepseekV3Config.tiny(**vocabulary)
+    given = read_json(Path(path).parent, Path(path).name)
+    return DeepseekV3Config(**(FIXED_KEYS | given | vocabulary))
+
 class Trainer:
-    """One run: model, optimizer, data, and what it writes to options.out. Nothing in it is random but
-    the first weights and the order of the data, so step and position are all its state besides."""
+    """One run: model, optimizer, data, and what it writes to options.out.
+
+    Nothing in it is random but the first weights and the order of the data: with the model's and the
+    optimizer's numbers, `step` and `position` (windows seen) are all that a resumed run needs.
+    """
 
     def __init__(self, options):
-        self.options, self.out = options, Path(options.out)
-        self.states = self.out / "states"
-        self.step, self.position = 0, 0  # optimizer steps, windows of the corpus
+        self.options, self.out, self.step, self.position = options, Path(options.out), 0, 0
         self.rank, self.world, self.device = start_processes(options.device)
-        self.check_options()
-        self.tokenizer, tokens = self.prepare_data()
-        self.config = self.make_config()
-        ids = self.config.vocab_size, self.config.eos_token_id
-        self.corpus = Corpus(tokens, *ids, options.length, options.seed)
+        check_training(options, self.world)
+        if self.rank == 0:
+            prepare_data(options)
+        self.wait()
+        self.tokenizer = Tokenizer.from_file(str(self.out / "tokenizer.json"))
+        self.config = training_config(options.config, self.tokenizer)
+        vocabulary = self.config.vocab_size, self.config.eos_token_id
+        self.corpus = Corpus(self.out / "tokens.bin", *vocabulary, options.length, options.seed)
         torch.manual_seed(options.seed)
         self.model = shard(DeepseekV3ForCausalLM(self.config), self.device)
         self.model.model.gradient_checkpointing = options.recompute
-        parameters = list(self.model.parameters())
-        groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.1}]
-        groups += [{"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
+        matrices = [p for p in self.model.parameters() if p.ndim > 1]
+        vectors = [p for p in self.model.parameters() if p.ndim <= 1]
+        groups = [{"params": matrices, "weight_decay": 0.1}]
+        groups += [{"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, options.lr, betas=(0.9, 0.95))
-        self.find_state()
-
-    def check_options(self):
-        """ValueError for options that cannot work, before anything is written."""
-        options, parts = self.options, self.world * self.options.accumulate
-        for name in ("steps", "batch", "length", "accumulate", "vocab_size", "save_every", "keep"):
-            if getattr(options, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be 1 or more")
-        if options.batch % parts:
-            raise ValueError(f"--batch {options.batch}: must be a multiple of {parts}, its parts")
-        if options.length < 4 or options.vocab_size < 258 or not options.lr > 0:
-            raise ValueError("needed: --length 4 or more, --vocab-size 258 or more, --lr above 0")
-
-    def make_config(self):
-        """The config of --config or the tiny one, with the tokenizer's vocabulary."""
-        vocabulary = {"vocab_size": self.tokenizer.get_vocab_size()}
-        vocabulary |= {"bos_token_id": self.tokenizer.token_to_id(BOS)}
-        vocabulary |= {"eos_token_id": self.tokenizer.token_to_id(EOS)}
-        if self.options.config is None:
-            return DeepseekV3Config.tiny(**vocabulary)
-        path = Path(self.options.config)
-        return DeepseekV3Config(**(FIXED_KEYS | read_json(path.parent, path.name) | vocabulary))
-
-    def prepare_data(self):
-        """The tokenizer, and the path of the token array; the first process makes them, once."""
-        vocabulary, tokens = self.out / "tokenizer.json", self.out / "tokens.bin"
-        made = self.options.resume and vocabulary.exists() and tokens.exists()
-        if self.rank == 0 and not made:
-            files = corpus_files(self.options.data, self.options.seed)
-            self.out.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(self.states, ignore_errors=True)  # of an earlier run
-            tokens.unlink(missing_ok=True)
-            tokenizer = train_tokenizer(files, self.options.vocab_size)
-            save_tokenizer(tokenizer, self.out)
-            write_tokens(files, tokenizer, tokens)
-        self.wait()
-        return Tokenizer.from_file(str(vocabulary)), tokens
+        load_state(self)
 
     def run(self):
-        """Train to options.steps, log every step, save states, and write the checkpoint at the end."""
-        options, metrics = self.options, self.out / "metrics.jsonl"
+        """Train to options.steps; log every step, evaluate, save states."""
+        options = self.options
         bar = tqdm(total=options.steps, initial=self.step, unit="step", disable=self.rank > 0)
-        with bar, open(metrics, "a", encoding="utf-8") as log:
+        with bar, open(self.out / "metrics.jsonl", "a", encoding="utf-8") as log:
             while self.step < options.steps:
                 line = self.train_step()
                 last = self.step == options.steps
@@ -1566,8 +1581,7 @@ class Trainer:
                 bar.set_postfix(loss=line["loss"], violation=line["max_violation"])
                 bar.update()
                 if last or self.step % options.save_every == 0:
-                    self.save_state()
-        return self.save_checkpoint()
+                    save_state(self)
 
     def train_step(self):
         """One optimizer step over the global batch -> its line of metrics."""
@@ -1578,7 +1592,7 @@ class Trainer:
         losses = self.backward(min(1.0, 0.2 + 0.8 * ramp))  # the report's batch grows fivefold
         if not math.isfinite(losses["loss"]):
             found = f"step {self.step + 1}: the loss is {losses['loss']}"
-            raise FloatingPointError(f"{found}; the last good state is kept in {self.states}")
+            raise FloatingPointError(f"{found}; the last good state is in {self.out / 'states'}")
         lr = options.lr * learning_rate_factor(progress, options.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -1589,10 +1603,10 @@ class Trainer:
         violations = self.model.update_router_bias(gamma, centred=options.centred)
         self.step += 1
         speed = (self.position - first) * options.length / (time.perf_counter() - began)
-        line = {"step": self.step, **losses, "max_violation": sum(violations) / max(len(violations), 1)}
-        norm = getattr(norm, "full_tensor", lambda: norm)()
-        line |= {"lr": lr, "grad_norm": float(norm), "tokens_per_second": speed}
-        return line | {"layer_violations": violations}
+        mean_violation = sum(violations) / max(len(violations), 1)
+        line = {"step": self.step, **losses, "max_violation": mean_violation, "lr": lr}
+        line |= {"grad_norm": float(getattr(norm, "full_tensor", lambda: norm)())}
+        return line | {"tokens_per_second": speed, "layer_violations": violations}
 
     def backward(self, ramp):
         """Gradients of the global batch, in options.accumulate parts -> the means of its losses."""
@@ -1608,86 +1622,88 @@ class Trainer:
             means += torch.stack([means.new_zeros(()) if x is None else x.detach() for x in losses])
         if self.world > 1:
             torch.distributed.all_reduce(means)
-        return dict(zip(names, (means / (options.accumulate * self.world)).tolist(), strict=True))
+        means = means / (options.accumulate * self.world)
+        return dict(zip(names, means.tolist(), strict=True))
 
     @torch.no_grad()
     def evaluate(self, windows=32):
         """Loss on held-out text, a token and in bits a byte."""
         self.model.eval()
         input_ids, labels = self.corpus.held_out(windows)
-        parts = zip(input_ids.split(8), labels.split(8), strict=True)
-        losses = [self.model(x.to(self.device), labels=y.to(self.device)).main_loss for x, y in parts]
-        loss = float(torch.stack(losses).mean())
+        inputs, targets = input_ids.to(self.device).split(8), labels.to(self.device).split(8)
+        parts = [self.model(x, labels=y) for x, y in zip(inputs, targets, strict=True)]
+        loss = float(torch.stack([out.main_loss for out in parts]).mean())
         text = self.tokenizer.decode_batch(input_ids.tolist(), skip_special_tokens=False)
         bytes_a_token = sum(len(window.encode()) for window in text) / input_ids.numel()
         return {"val_loss": loss, "val_bits_per_byte": loss / math.log(2) / bytes_a_token}
-
-    def settings(self):
-        """What a resumed run must have in common with the one that it continues."""
-        options = {name: getattr(self.options, name) for name in ("batch", "length", "seed")}
-        config = {k: v for k, v in self.config.to_dict().items() if k != "mtp_loss_weight"}
-        return options | {"tokens": len(self.corpus.tokens)} | config
-
-    def state(self):
-        """Model, optimizer and counters as torch.distributed.checkpoint takes them."""
-        from torch.distributed.checkpoint.state_dict import get_state_dict
-
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        return {"model": model, "optimizer": optimizer, "step": self.step, "position": self.position}
-
-    def save_state(self):
-        """A folder of its own for this step; it appears whole or not at all, the last few are kept."""
-        import torch.distributed.checkpoint as dcp
-
-        folder = self.states / f"step-{self.step:08d}"
-        beside = folder.with_suffix(".tmp")
-        dcp.save(self.state(), checkpoint_id=beside)
-        if self.rank == 0:
-            write_json(beside, "settings.json", self.settings())
-            shutil.rmtree(folder, ignore_errors=True)
-            beside.rename(folder)
-            for old in sorted(self.states.glob("step-????????"))[: -self.options.keep]:
-                shutil.rmtree(old)
-        self.wait()
-
-    def find_state(self):
-        """With --resume, go on from the newest state, if there is one, and cut the log back to it."""
-        import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint.state_dict import set_state_dict
-
-        found = sorted(self.states.glob("step-????????")) if self.options.resume else []
-        if found:
-            then, now = read_json(found[-1], "settings.json"), json.loads(json.dumps(self.settings()))
-            for name in then.keys() | now.keys():
-                if then.get(name) != now.get(name):
-                    raise ValueError(f"--resume: {name} is {now.get(name)!r}, was {then.get(name)!r}")
-            state = self.state()
-            dcp.load(state, checkpoint_id=found[-1])
-            parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
-            set_state_dict(self.model, self.optimizer, **parts)
-            self.step, self.position = state["step"], state["position"]
-        if self.rank == 0:
-            metrics = self.out / "metrics.jsonl"
-            lines = metrics.read_text(encoding="utf-8").splitlines() if found else []
-            metrics.write_text("".join(line + "\n" for line in lines[: self.step]), encoding="utf-8")
-
-    def save_checkpoint(self):
-        """The whole model in the released layout, by the first process -> that model, or None."""
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_model_state_dict(self.model, options=whole)
-        if self.rank > 0:
-            return None
-        model = DeepseekV3ForCausalLM(self.config)
-        model.load_state_dict(state)
-        model.save_pretrained(self.out)
-        return model.eval()
 
     def wait(self):
         """Until every process is here."""
         if self.world > 1:
             torch.distributed.barrier()
+
+def run_settings(trainer):
+    """What a resumed run must have in common with the run that it continues."""
+    options = {name: getattr(trainer.options, name) for name in ("batch", "length", "seed")}
+    config = trainer.config.to_dict() | {"mtp_loss_weight": None}  # a schedule moves it
+    return json.loads(json.dumps(options | {"tokens": len(trainer.corpus.tokens)} | config))
+
+def run_state(trainer):
+    """Model, optimizer and counters, as torch.distributed.checkpoint takes them."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    model, optimizer = get_state_dict(trainer.model, trainer.optimizer)
+    counters = {"step": trainer.step, "position": trainer.position}
+    return {"model": model, "optimizer": optimizer} | counters
+
+def save_state(trainer):
+    """A folder for this step, which appears whole or not at all; the last options.keep stay."""
+    import torch.distributed.checkpoint as dcp
+
+    folder = trainer.out / "states" / f"step-{trainer.step:08d}"
+    beside = folder.with_suffix(".tmp")
+    dcp.save(run_state(trainer), checkpoint_id=beside)
+    if trainer.rank == 0:
+        write_json(beside, "settings.json", run_settings(trainer))
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.rename(folder)
+        for old in sorted(folder.parent.glob("step-????????"))[: -trainer.options.keep]:
+            shutil.rmtree(old)
+    trainer.wait()
+
+def load_state(trainer):
+    """With --resume, go on from the newest state, if there is one, and cut the log back to it."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+
+    states = sorted((trainer.out / "states").glob("step-????????"))
+    if trainer.options.resume and states:
+        then, now = read_json(states[-1], "settings.json"), run_settings(trainer)
+        for name in sorted(then.keys() | now.keys()):
+            if then.get(name) != now.get(name):
+                raise ValueError(f"--resume: {name} is {now.get(name)}, but was {then.get(name)}")
+        state = run_state(trainer)
+        dcp.load(state, checkpoint_id=states[-1])
+        parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+        set_state_dict(trainer.model, trainer.optimizer, **parts)
+        trainer.step, trainer.position = state["step"], state["position"]
+    if trainer.rank == 0:
+        metrics = trainer.out / "metrics.jsonl"
+        lines = metrics.read_text(encoding="utf-8").splitlines(True) if trainer.step else []
+        metrics.write_text("".join(lines[: trainer.step]), encoding="utf-8")
+
+def finished_model(trainer):
+    """The whole trained model, written to options.out in the released layout; None but on rank 0."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(trainer.model, options=whole)
+    if trainer.rank > 0:
+        return None
+    model = DeepseekV3ForCausalLM(trainer.config)
+    model.load_state_dict(state)
+    model.save_pretrained(trainer.out)
+    return model.eval()
 
 # ---- 14. Commands -------------------------------------------------------------------------------
 
@@ -1695,10 +1711,11 @@ def train_command(options):
     """Train, and end with a sample and the next command."""
     trainer = Trainer(options)
     try:
-        model = trainer.run()
+        trainer.run()
     except KeyboardInterrupt:
-        trainer.save_state()
-        sys.exit(f"stopped at step {trainer.step}; the same command with --resume goes on from there")
+        save_state(trainer)
+        sys.exit(f"stopped at step {trainer.step}; the same command with --resume goes on")
+    model = finished_model(trainer)
     if model is not None:
         prompt = "def "
         stream_text(model, trainer.tokenizer, prompt, 100, 0.7, options.seed)
@@ -1708,13 +1725,18 @@ def generate_command(options):
     """Continue a prompt with the model of a folder."""
     model = DeepseekV3ForCausalLM.from_pretrained(options.directory)
     tokenizer = Tokenizer.from_file(str(Path(options.directory) / "tokenizer.json"))
-    stream_text(model, tokenizer, options.prompt, options.max_new_tokens, options.temperature, options.seed)
+    how = options.max_new_tokens, options.temperature, options.seed
+    stream_text(model, tokenizer, options.prompt, *how)
     print()
 
 def stream_text(model, tokenizer, prompt, max_new_tokens, temperature, seed):
     """Print the prompt and, as it comes, its continuation; whole characters only."""
     ids = [tokenizer.token_to_id(BOS), *tokenizer.encode(prompt, add_special_tokens=False).ids]
-    stream, new = DecodeStream(skip_special_tokens=True), []
+    stream = DecodeStream(skip_special_tokens=True)
+
+    def show(token):
+        print(stream.step(tokenizer, int(token[0])) or "", end="", flush=True)
+
     print(prompt, end="", flush=True)
     model.generate(
         torch.tensor([ids], device=model.device),
@@ -1722,7 +1744,7 @@ def stream_text(model, tokenizer, prompt, max_new_tokens, temperature, seed):
         do_sample=temperature > 0,
         temperature=temperature or 1.0,
         generator=torch.Generator(model.device).manual_seed(seed),
-        streamer=lambda token: print(stream.step(tokenizer, int(token[0])) or "", end="", flush=True),
+        streamer=show,
     )
 
 def parser():
@@ -1736,7 +1758,7 @@ def parser():
     train.add_argument("--out", default="out", help="folder for checkpoint, states, metrics.jsonl")
     train.add_argument("--steps", type=int, default=500)
     train.add_argument("--batch", type=int, default=16, help="sequences a step, of all processes")
-    train.add_argument("--batch-ramp", type=float, default=0.0, help="part of the run it grows over")
+    train.add_argument("--batch-ramp", type=float, default=0.0, help="part of a run it grows in")
     train.add_argument("--length", type=int, default=128, help="tokens a sequence")
     train.add_argument("--accumulate", type=int, default=1, help="parts that a batch runs in")
     train.add_argument("--recompute", action="store_true", help="recompute layers to save memory")

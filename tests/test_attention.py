@@ -449,8 +449,8 @@ def test_trace_records_what_modules_return():
 
 
 def test_trace_refuses_a_pattern_that_matches_nothing(model):
-    with pytest.raises(ValueError, match=r"layers\.\*\.gate.*model\.layers\.1\.mlp\.gate"):
-        with trace(model, "model.norm", "layers.*.gate"):
+    with pytest.raises(ValueError, match=r"block\.\*\.mlp\.gate.*model\.layers\.1\.mlp\.gate"):
+        with trace(model, "model.norm", "block.*.mlp.gate"):
             pass
 
 

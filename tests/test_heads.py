@@ -1,0 +1,180 @@
+"""Classification heads, their losses and how they start from a language model; tied embeddings."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import build, pad, tokens
+from safetensors import safe_open
+
+from deepseek_v3 import (
+    DeepseekV3ForCausalLM,
+    DeepseekV3ForSequenceClassification,
+    DeepseekV3ForTokenClassification,
+)
+
+ROWS = [tokens(7), tokens(4, seed=2), tokens(1, seed=3)]
+HEADS = [DeepseekV3ForSequenceClassification, DeepseekV3ForTokenClassification]
+
+
+def close(a, b, tolerance=1e-10):
+    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
+def classifier(**changes):
+    return build(
+        DeepseekV3ForSequenceClassification, **({"num_labels": 3, "dtype": torch.float64} | changes)
+    )
+
+
+# ---- A label a sequence ----
+
+
+@torch.no_grad()
+def test_a_sequence_is_read_off_its_last_token():
+    model = classifier()
+    out = model(tokens(2, 5))
+    close(out.logits, model.score(out.last_hidden_state[:, -1]))
+    assert out.logits.shape == (2, 3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_moves_no_label(side):
+    model = classifier()
+    ids, mask = pad(ROWS, side, value=5)
+    alone = torch.cat([model(row[None]).logits for row in ROWS])
+    close(model(ids, mask).logits, alone)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_mask_decides_even_where_padding_looks_like_an_end_of_sequence(side):
+    """Rows that end in the token that also pads."""
+    model = classifier(pad_token_id=1, eos_token_id=1)
+    rows = [torch.cat([row, torch.tensor([1])]) for row in ROWS]
+    ids, mask = pad(rows, side, value=1)
+    alone = torch.cat([model(row[None], torch.ones_like(row)[None]).logits for row in rows])
+    close(model(ids, mask).logits, alone)
+
+
+@torch.no_grad()
+def test_without_a_mask_the_pad_id_tells_where_rows_end():
+    model = classifier(pad_token_id=60)
+    ids, _ = pad([row % 60 for row in ROWS], "right", value=60)
+    states = model(ids).last_hidden_state
+    close(model(ids).logits, model.score(states[torch.arange(3), torch.tensor([6, 3, 0])]))
+
+
+@torch.no_grad()
+def test_a_row_of_padding_gives_no_nan():
+    model = classifier(pad_token_id=0)
+    ids, mask = torch.zeros(2, 3, dtype=torch.long), torch.tensor([[1, 1, 1], [0, 0, 0]])
+    assert model(ids, mask).logits.isfinite().all()
+    assert model(ids).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("labels", "loss"),
+    [
+        (torch.tensor([2, 0, 1]), F.cross_entropy),
+        (torch.tensor([[0.0, 1, 1], [1, 0, 0], [0, 0, 0]]), F.binary_cross_entropy_with_logits),
+    ],
+    ids=["one of three", "any of three"],
+)
+def test_sequence_losses(labels, loss):
+    out = classifier()(tokens(3, 5), labels=labels)
+    close(out.loss, loss(out.logits, labels.to(out.logits.dtype) if labels.ndim > 1 else labels))
+
+
+def test_one_label_is_a_regression():
+    labels = torch.tensor([0.5, -1.0])
+    out = classifier(num_labels=1)(tokens(2, 5), labels=labels)
+    close(out.loss, F.mse_loss(out.logits[:, 0], labels.double()))
+
+
+# ---- A label a token ----
+
+
+@pytest.mark.parametrize("ignored", [[], [0, 4], [0, 1, 2, 3, 4]], ids=str)
+def test_token_labels_are_not_shifted_and_can_be_ignored(ignored):
+    model = build(DeepseekV3ForTokenClassification, dtype=torch.float64, num_labels=3)
+    labels = tokens(2, 5, vocab=3)
+    labels[1, ignored] = -100
+    out = model(tokens(2, 5), labels=labels)
+    assert out.logits.shape == (2, 5, 3)
+    close(out.loss, F.cross_entropy(out.logits.flatten(0, 1), labels.flatten()))
+
+
+# ---- Both ----
+
+
+def some_labels(cls):
+    return torch.tensor([0, 1]) if cls is HEADS[0] else tokens(2, 6, vocab=2)
+
+
+@pytest.mark.parametrize("cls", HEADS)
+def test_training_adds_the_balance_loss(cls):
+    model = build(cls, balance_loss_weight=0.05, dtype=torch.float64).train()
+    out = model(tokens(2, 6), labels=some_labels(cls))
+    close(out.loss, out.main_loss + 0.05 * out.balance_loss)
+    out.loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert len(model.update_router_bias(0.01)) == 2
+
+
+@pytest.mark.parametrize("cls", HEADS)
+def test_a_head_comes_back_as_it_was_saved(cls, tmp_path):
+    model = build(cls, num_labels=5)
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = cls.from_pretrained(tmp_path)
+    assert again.config.num_labels == 5
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("depths", [0, 1, 2])
+@pytest.mark.parametrize("cls", HEADS)
+def test_a_language_model_lends_its_trunk_and_the_new_head_is_announced(cls, depths, tmp_path):
+    causal = build(num_nextn_predict_layers=depths)
+    causal.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"score\."):
+        model = cls.from_pretrained(tmp_path, num_labels=4)
+    trunk = causal.model.state_dict()
+    for name, tensor in model.model.state_dict().items():
+        assert torch.equal(tensor, trunk[name]), name
+    assert model.score.weight.shape == (4, 32)
+    assert model.score.weight.isfinite().all()
+    assert model.score.weight.abs().max() > 0
+    assert model(tokens(1, 4)).logits.isfinite().all()
+
+
+# ---- Tied embeddings ----
+
+
+def test_tied_embeddings_are_one_matrix_saved_once(tmp_path):
+    model = build(tie_word_embeddings=True)
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert "model.embed_tokens.weight" in file.keys()  # noqa: SIM118
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118
+    again = DeepseekV3ForCausalLM.from_pretrained(tmp_path)
+    assert again.lm_head.weight.data_ptr() == again.model.embed_tokens.weight.data_ptr()
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+    assert torch.equal(again(tokens(1, 5)).logits, model(tokens(1, 5)).logits)
+
+
+def test_tied_embeddings_stay_tied_when_cast_and_trained():
+    model = build(tie_word_embeddings=True).to(torch.bfloat16).float().train()
+    model(tokens(2, 5), labels=tokens(2, 5)).loss.backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+
+
+def test_untied_embeddings_are_two():
+    model = build()
+    assert model.lm_head.weight.data_ptr() != model.model.embed_tokens.weight.data_ptr()
