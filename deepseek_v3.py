@@ -1452,8 +1452,9 @@ class Corpus:
         return self.read(starts)
 
     def held_out(self, count):
-        """The first `count` windows of the held-out part, or as many as it has."""
-        return self.read(range(self.cut, len(self.tokens) - self.T + 1, self.T)[:count])
+        """`count` windows from all over the held-out part, or as many as it has."""
+        starts = range(self.cut, len(self.tokens) - self.T + 1, self.T)
+        return self.read(starts[:: max(1, len(starts) // count)][:count])
 
     def read(self, starts):
         windows = np.stack([self.tokens[start : start + self.T] for start in starts])
@@ -1588,7 +1589,7 @@ class Trainer:
         options, began, progress = self.options, time.perf_counter(), self.step / self.options.steps
         self.model.train()
         self.config.mtp_loss_weight = 0.3 if progress < 10 / 14.8 else 0.1  # λ, §4.2
-        first, ramp = self.position, progress / (options.batch_ramp or 1e-9)
+        first, ramp = self.position, progress / options.batch_ramp if options.batch_ramp else 1.0
         losses = self.backward(min(1.0, 0.2 + 0.8 * ramp))  # the report's batch grows fivefold
         if not math.isfinite(losses["loss"]):
             found = f"step {self.step + 1}: the loss is {losses['loss']}"
@@ -1662,7 +1663,7 @@ def save_state(trainer):
 
     folder = trainer.out / "states" / f"step-{trainer.step:08d}"
     beside = folder.with_suffix(".tmp")
-    dcp.save(run_state(trainer), checkpoint_id=beside)
+    dcp.save(run_state(trainer), checkpoint_id=beside, no_dist=trainer.world == 1)
     if trainer.rank == 0:
         write_json(beside, "settings.json", run_settings(trainer))
         shutil.rmtree(folder, ignore_errors=True)
@@ -1683,7 +1684,7 @@ def load_state(trainer):
             if then.get(name) != now.get(name):
                 raise ValueError(f"--resume: {name} is {now.get(name)}, but was {then.get(name)}")
         state = run_state(trainer)
-        dcp.load(state, checkpoint_id=states[-1])
+        dcp.load(state, checkpoint_id=states[-1], no_dist=trainer.world == 1)
         parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
         set_state_dict(trainer.model, trainer.optimizer, **parts)
         trainer.step, trainer.position = state["step"], state["position"]

@@ -197,12 +197,28 @@ def test_yarn_sharpens_the_softmax_by_mscale_squared(factor, squared):
     assert config.softmax_scale * 192**0.5 == pytest.approx(squared, abs=5e-5)
 
 
-def test_yarn_leaves_cos_and_sin_at_length_one():
-    """They take the ratio mscale / mscale_all_dim, which every released member has at 1."""
-    cos, sin = DeepseekV3Model(DeepseekV3Config(
-        vocab_size=2, hidden_size=2, num_hidden_layers=1, num_attention_heads=1, intermediate_size=2
-    )).rotary_emb(torch.arange(7)[None])  # fmt: skip
-    torch.testing.assert_close(cos**2 + sin**2, torch.ones_like(cos))
+M, M2 = 1.3688879454, 1.2608037774  # 0.1 m ln 40 + 1 for m = 1 (V3) and m = 0.707 (V2)
+
+
+@pytest.mark.parametrize(
+    ("mscale", "all_dim", "softmax", "length"),
+    [
+        (1.0, 1.0, M**2, 1.0),  # V3
+        (0.707, 0.707, 1.5896261652, 1.0),  # V2
+        (1.0, 0.707, M2**2, M / M2),
+        (0.707, 1.0, M**2, M2 / M),
+    ],
+)
+def test_the_softmax_takes_mscale_all_dim_and_cos_and_sin_the_ratio(
+    mscale, all_dim, softmax, length
+):
+    """Equal in every released member, so that mixing the two up would not show there."""
+    narrow = dict(vocab_size=2, hidden_size=2, num_hidden_layers=1, num_attention_heads=1)
+    yarn = V3["rope_scaling"] | {"mscale": mscale, "mscale_all_dim": all_dim}
+    config = DeepseekV3Config(**narrow, intermediate_size=2, rope_scaling=yarn)
+    assert config.softmax_scale * 192**0.5 == pytest.approx(softmax)
+    cos, sin = DeepseekV3Model(config).rotary_emb(torch.arange(7)[None])
+    torch.testing.assert_close((cos**2 + sin**2).sqrt(), torch.full_like(cos, length))
 
 
 # ---- Compute ----

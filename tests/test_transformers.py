@@ -58,7 +58,8 @@ SHAPES = {
     "widths_not_divisible_by_4": dict(hidden_size=30, moe_intermediate_size=14),
     "yarn_as_v3": yarn(40, 4096, beta_fast=32, beta_slow=1, mscale=1.0, mscale_all_dim=1.0),
     "yarn_as_v2": yarn(40, 4096, beta_fast=32, beta_slow=1, mscale=0.707, mscale_all_dim=0.707),
-    "yarn_unequal_mscales": yarn(8, 64, beta_fast=4, beta_slow=2, mscale=1.0, mscale_all_dim=0.5),
+    "yarn_other_settings": dict(qk_rope_head_dim=16, rope_theta=500.0)
+    | yarn(8, 4096, beta_fast=16, beta_slow=4, mscale=1.0, mscale_all_dim=0.5),
     "yarn_without_mscale": yarn(10, 64),
     "yarn_attention_factor": yarn(10, 64, attention_factor=1.5, mscale_all_dim=1.0),
 }
@@ -67,16 +68,8 @@ BIASES = {"zero_bias": (0.0, 0.0), "negative_bias": (-2.0, 0.3), "mixed_bias": (
 
 every_shape = pytest.mark.parametrize("shape", SHAPES)
 every_bias = pytest.mark.parametrize("bias", BIASES)
-every_padding = pytest.mark.parametrize("side", ["unpadded", "left", "right"])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """More of them would only slow models as small as these."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+PADDED = ["left", "right", "continued"]
+every_padding = pytest.mark.parametrize("side", ["unpadded", *PADDED])
 
 
 # ---- The two sides ------------------------------------------------------------------------------
@@ -138,13 +131,16 @@ def language_models(shape, bias="mixed_bias"):
 
 
 def batch(side="unpadded"):
-    """Token ids (3, 10) and their mask, None if there is no padding; a row may have one token."""
+    """Token ids (3, 10) and their mask, None if there is no padding; a row may have one token.
+
+    "continued": prompts padded on the right, to 7 tokens, and 3 more tokens behind them.
+    """
     ids = torch.randint(2, BASE["vocab_size"], (3, 10), generator=torch.Generator().manual_seed(1))
     if side == "unpadded":
         return ids, None
-    length = torch.tensor([[10], [6], [1]])
-    place = torch.arange(10)
-    mask = place < length if side == "right" else place >= 10 - length
+    length, place = torch.tensor([[10], [6], [1]]), torch.arange(10)
+    mask = place >= 10 - length if side == "left" else place < length
+    mask = mask | (place >= 7) if side == "continued" else mask
     return ids.masked_fill(~mask, BASE["pad_token_id"]), mask.long()
 
 
@@ -164,6 +160,7 @@ def positions(mask):
     return None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
 
 
+@torch.no_grad()
 def run(pair, ids, mask=None, **options):
     """Both models' outputs for the same tokens."""
     ours = pair.ours(ids, attention_mask=mask, **options)
@@ -177,6 +174,7 @@ def assert_close(ours, theirs, what):
     )
 
 
+@torch.no_grad()
 def record(model, *args, **options):
     """{module name: what it returned}, in the order of computation."""
     seen, hooks = {}, []
@@ -327,25 +325,29 @@ def test_every_module_returns_the_same(shape, bias):
     assert unseen == {"", "model", "rotary_emb", "act_fn"}
 
 
+@functools.cache
+def observed(shape, side):
+    """Both models' outputs with all that can be looked at."""
+    options = dict(output_hidden_states=True, output_attentions=True)
+    return run(language_models(shape), *batch(side), **options)
+
+
 @every_padding
 @every_shape
 def test_hidden_states(shape, side):
-    pair = language_models(shape)
-    ids, mask = batch(side)
-    ours, theirs = run(pair, ids, mask, output_hidden_states=True)
-    real = real_tokens(ids, mask)
-    assert len(ours.hidden_states) == pair.ours.config.num_hidden_layers + 1
+    ours, theirs = observed(shape, side)
+    real = real_tokens(*batch(side))
+    assert len(ours.hidden_states) == BASE["num_hidden_layers"] + 1
     for i, (a, b) in enumerate(zip(ours.hidden_states, theirs.hidden_states, strict=True)):
-        assert_close(a[real], b[real], f"hidden state {i}, the first of {len(ours.hidden_states)},")
+        assert_close(a[real], b[real], f"hidden state {i} of {BASE['num_hidden_layers']}")
     assert torch.equal(ours.hidden_states[-1], ours.last_hidden_state)
 
 
 @every_padding
 @every_shape
 def test_attentions(shape, side):
-    ids, mask = batch(side)
-    ours, theirs = run(language_models(shape), ids, mask, output_attentions=True)
-    real = real_tokens(ids, mask)
+    ours, theirs = observed(shape, side)
+    real = real_tokens(*batch(side))
     for i, (a, b) in enumerate(zip(ours.attentions, theirs.attentions, strict=True)):
         a, b = (probs.transpose(1, 2)[real] for probs in (a, b))  # (real tokens, heads, keys)
         assert_close(a, b, f"attention of layer {i}")
@@ -371,7 +373,7 @@ def test_logits(shape, bias):
     assert_close(ours.logits, theirs.logits, "logits")
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", PADDED)
 @every_shape
 def test_logits_of_padded_batches(shape, side):
     ids, mask = batch(side)
@@ -397,11 +399,9 @@ def test_logits_at_positions_far_apart(shape):
     assert_close(ours, theirs, "logits")
 
 
-@pytest.mark.parametrize("sizes", [[1] * 10, [4, 3, 2, 1], [1, 6, 3]], ids=str)
-@every_padding
-@pytest.mark.parametrize("shape", ["several_groups", "no_query_latent", "yarn_unequal_mscales"])
-def test_logits_of_cached_chunks(shape, side, sizes):
-    pair = language_models(shape)
+@torch.no_grad()
+def assert_same_chunks(pair, side, sizes):
+    """Logits of real tokens, fed in chunks of these sizes into each side's own cache."""
     ids, mask = batch(side)
     real, where = real_tokens(ids, mask), positions(mask)
     caches, start = [None, None], 0
@@ -417,13 +417,28 @@ def test_logits_of_cached_chunks(shape, side, sizes):
         caches, start = [ours.past_key_values, theirs.past_key_values], new.stop
 
 
-@every_padding
+CHUNKS = {"one_by_one": [1] * 10, "shrinking": [4, 3, 2, 1], "mostly_new": [1, 6, 3]}
+every_chunking = pytest.mark.parametrize("sizes", CHUNKS.values(), ids=CHUNKS.keys())
+
+
+@every_chunking
 @every_shape
-def test_loss_skips_ignored_labels(shape, side):
+def test_logits_of_cached_chunks(shape, sizes):
+    assert_same_chunks(language_models(shape), "unpadded", sizes)
+
+
+@every_chunking
+@pytest.mark.parametrize("side", PADDED)
+def test_logits_of_cached_chunks_of_padded_batches(side, sizes):
+    assert_same_chunks(language_models("several_groups"), side, sizes)
+
+
+@every_padding
+def test_loss_skips_ignored_labels(side):
     ids, mask = batch(side)
     labels = next_tokens(ids, mask)
     labels[0, 3:5] = -100
-    ours, theirs = run(language_models(shape), ids, mask, labels=labels)
+    ours, theirs = run(language_models("several_groups"), ids, mask, labels=labels)
     assert_close(ours.loss, theirs.loss, "loss")
 
 
@@ -450,7 +465,7 @@ def test_gradient_of_every_parameter(shape, bias):
     assert_same_gradients(language_models(shape, bias), ids, None, ids)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", PADDED)
 def test_gradient_of_every_parameter_in_padded_batches(side):
     ids, mask = batch(side)
     pair = language_models("several_groups")
@@ -469,6 +484,16 @@ def test_greedy_tokens(shape):
     ours, theirs = (side.generate(ids, attention_mask=mask, **GREEDY) for side in pair)
     assert ours.shape == (3, 22)
     assert ours.tolist() == theirs.tolist()
+
+
+def test_greedy_tokens_of_prompts_padded_on_the_right():
+    """transformers does not generate from these, but from each row alone."""
+    pair = language_models("several_groups")
+    ids, mask = batch("right")
+    ours = pair.ours.generate(ids, attention_mask=mask, **GREEDY)
+    for row, prompt, real in zip(ours, ids, mask.bool(), strict=True):
+        theirs = pair.theirs.generate(prompt[real][None], **GREEDY)
+        assert row[10:].tolist() == theirs[0, -12:].tolist()
 
 
 def test_greedy_tokens_end_where_a_row_ends():
@@ -528,7 +553,7 @@ def test_token_classification(side):
 # ---- Checkpoint folders -------------------------------------------------------------------------
 
 CHECKPOINTS = ["several_groups", "no_query_latent", "tied_embeddings", "attention_bias"]
-CHECKPOINTS += ["yarn_as_v2", "yarn_unequal_mscales"]
+CHECKPOINTS += ["yarn_as_v2", "yarn_other_settings"]
 shards = pytest.mark.parametrize(
     "size", [pytest.param("5GB", id="one_file"), pytest.param("30KB", id="sharded")]
 )

@@ -1,0 +1,115 @@
+"""The training figures of the README, measured: `python tests/experiments.py NAME`.
+
+balance  load violation and held-out loss without balancing, with the bias, with the balance loss
+fp8      loss of products in simulated FP8 against the same run in float32 and in bfloat16
+dense    the tiny model against a dense one of the same activated size, in the same wall-clock time
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import deepseek_v3  # noqa: E402
+
+CORPUS = {}  # the folder whose tokenizer and tokens all runs share
+
+
+def train(out, seed=0, steps=250, seconds=None, config=None, prepare=None, flags=()):
+    """Train in folder `out` -> its lines of metrics, the last with val_loss; stop after `seconds`."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.json", "tokens.bin"):
+        if (CORPUS.get("folder") or out) != out:
+            (out / name).write_bytes((CORPUS["folder"] / name).read_bytes())
+    CORPUS.setdefault("folder", out)
+    words = ["train", "--out", str(out), "--steps", str(steps), "--seed", str(seed), "--resume", *flags]
+    if config is not None:
+        (out / "given.json").write_text(json.dumps(config))
+        words += ["--config", str(out / "given.json")]
+    trainer = deepseek_v3.Trainer(deepseek_v3.parser().parse_args(words))
+    if prepare is not None:
+        prepare(trainer.model)
+    lines, spent = [], 0.0
+    while trainer.step < steps and (seconds is None or spent < seconds):
+        lines.append(trainer.train_step())
+        options = trainer.options
+        spent += options.batch * options.length / lines[-1]["tokens_per_second"]
+        print(f"\r{out.name} step {trainer.step} loss {lines[-1]['main_loss']:.3f}", end="", file=sys.stderr)
+    print(file=sys.stderr)
+    lines[-1] |= trainer.evaluate() | {"seconds": spent}
+    return lines
+
+
+def spread(values):
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+
+
+def balance(folder, steps, seeds):
+    tiny = deepseek_v3.DeepseekV3Config.tiny().to_dict()
+    ways = {
+        "none": (0.0, "0"),
+        "bias": (0.0, "0.002"),
+        "balance loss": (0.01, "0"),
+    }
+    print(f"tiny config, {steps} steps, {seeds} seeds; violation: mean of the last 50 steps")
+    print("| balancing | MaxVio | held-out loss |\n| --- | --: | --: |")
+    for name, (alpha, gamma) in ways.items():
+        violations, losses = [], []
+        for seed in range(seeds):
+            config = tiny | {"balance_loss_weight": alpha}
+            flags = ("--gamma", gamma)
+            lines = train(folder / f"{name}-{seed}", seed, steps, config=config, flags=flags)
+            violations.append(statistics.mean(line["max_violation"] for line in lines[-50:]))
+            losses.append(lines[-1]["val_loss"])
+        print(f"| {name} | {spread(violations)} | {spread(losses)} |", flush=True)
+
+
+def fp8(folder, steps, seeds):
+    print(f"tiny config, {steps} steps, {seeds} seeds; loss: mean of the last 50 steps")
+    print("| products in | main loss | against float32 |\n| --- | --: | --: |")
+    ways = {"float32": None, "bfloat16": lambda m: m.to(torch.bfloat16), "FP8": deepseek_v3.simulate_fp8}
+    means = {}
+    for name, prepare in ways.items():
+        if name == "bfloat16":
+            continue  # bfloat16 master weights would measure something else
+        runs = [train(folder / f"{name}-{s}", s, steps, prepare=prepare) for s in range(seeds)]
+        means[name] = [statistics.mean(line["main_loss"] for line in r[-50:]) for r in runs]
+        pairs = zip(means[name], means["float32"], strict=True)
+        errors = [f"{(ours / theirs - 1) * 100:+.2f} %" for ours, theirs in pairs]
+        print(f"| {name} | {statistics.mean(means[name]):.3f} | {', '.join(errors)} |", flush=True)
+
+
+def dense(folder, steps, seeds):
+    tiny = deepseek_v3.DeepseekV3Config.tiny()
+    layers, top = tiny.num_hidden_layers, tiny.num_experts_per_tok + tiny.n_shared_experts
+    same = {"first_k_dense_replace": layers + 1, "intermediate_size": top * tiny.moe_intermediate_size}
+    print(f"seconds of the tiny config's {steps} steps for both, {seeds} seeds")
+    print("| model | parameters | steps | held-out bits a byte |\n| --- | --: | --: | --: |")
+    for seed in range(seeds):
+        sparse = train(folder / f"sparse-{seed}", seed, steps)
+        seconds, config = sparse[-1]["seconds"], tiny.to_dict() | same
+        # The schedule is set by the steps that the dense model makes in that time.
+        probe = train(folder / f"probe-{seed}", seed, 20, config=config)
+        fits = int(seconds / probe[-1]["seconds"] * 20)
+        rival = train(folder / f"dense-{seed}", seed, fits, seconds, config=config)
+        for name, lines, shape in (("experts", sparse, tiny.to_dict()), ("dense", rival, config)):
+            with torch.device("meta"):
+                model = deepseek_v3.DeepseekV3ForCausalLM(deepseek_v3.DeepseekV3Config(**shape))
+            size = sum(p.numel() for p in model.parameters()) / 1e6
+            bits = lines[-1]["val_bits_per_byte"]
+            print(f"| {name}, seed {seed} | {size:.2f}M | {len(lines)} | {bits:.3f} |", flush=True)
+
+
+if __name__ == "__main__":
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("name", choices=("balance", "fp8", "dense"))
+    arguments.add_argument("--steps", type=int, default=250)
+    arguments.add_argument("--seeds", type=int, default=3)
+    chosen = arguments.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        globals()[chosen.name](Path(directory), chosen.steps, chosen.seeds)

@@ -1,0 +1,321 @@
+"""Training: data, schedule, exact resumption, several processes, and what a run leaves behind."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import deepseek_v3
+from deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM
+
+ROOT = Path(deepseek_v3.__file__).parent
+SMALL = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "q_lora_rank": None,
+    "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
+    "intermediate_size": 48, "moe_intermediate_size": 16, "n_routed_experts": 8, "n_group": 2,
+    "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "rope_theta": 1e4,
+    "num_nextn_predict_layers": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(40):
+        lines = (f"def f{j}(x):\n    return x * {j} + {i}\n\n" for j in range(i, i + 12))
+        (folder / f"{i:02d}.py").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "small.json"
+    path.write_text(json.dumps(SMALL))
+    return path
+
+
+@pytest.fixture
+def words(text, small):
+    """The command line of a small run, to which a test adds --out and more."""
+    sizes = "--vocab-size 270 --batch 4 --length 16 --steps 6 --save-every 2 --eval-every 3"
+    return ["train", "--data", str(text), "--config", str(small), *sizes.split(), "--device", "cpu"]
+
+
+def trainer(words, *more):
+    return deepseek_v3.Trainer(deepseek_v3.parser().parse_args([*words, *map(str, more)]))
+
+
+def metrics(out):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out):
+    return [(line["step"], line["loss"], line["grad_norm"], line["max_violation"]) for line in metrics(out)]
+
+
+def process(words, *more, launcher=(sys.executable,)):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        [*launcher, str(ROOT / "deepseek_v3.py"), *words, *map(str, more)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+
+
+def test_the_tokenizer_writes_any_text_and_begins_with_the_two_special_tokens(text):
+    tokenizer = deepseek_v3.train_tokenizer(sorted(text.iterdir()), 300)
+    strange = "def café():\n\treturn '\U0001f40d' \x00 \r\n"
+    ids = tokenizer.encode(strange).ids
+    assert tokenizer.decode(ids) == strange and min(ids) > 1
+    assert (tokenizer.token_to_id(deepseek_v3.BOS), tokenizer.token_to_id(deepseek_v3.EOS)) == (0, 1)
+
+
+def corpus(tmp_path, tokens, T=4, seed=0):
+    np.array(tokens, np.uint16).tofile(tmp_path / "tokens.bin")
+    return deepseek_v3.Corpus(tmp_path / "tokens.bin", 300, 1, T, seed)
+
+
+def test_an_epoch_visits_every_window_once_in_an_order_of_its_own(tmp_path):
+    data = corpus(tmp_path, range(2, 202))
+    first = data.batch(0, data.windows)[0]
+    second = data.batch(data.windows, data.windows)[0]
+    assert sorted(first[:, 0].tolist()) == sorted(second[:, 0].tolist()) == list(range(2, 190, 4))
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(data.batch(3, 2)[0], first[3:5])
+    assert not torch.equal(corpus(tmp_path, range(2, 202), seed=1).batch(0, data.windows)[0], first)
+
+
+def test_held_out_tokens_are_never_trained_on(tmp_path):
+    data = corpus(tmp_path, range(2, 402))
+    trained, held_out = data.batch(0, data.windows)[0], data.held_out(100)[0]
+    assert trained.max() < held_out.min()
+    assert held_out.shape[0] >= 4
+
+
+def test_no_document_is_asked_to_predict_the_next_one(tmp_path):
+    data = corpus(tmp_path, [5, 6, 1, 7] * 60)
+    tokens, labels = data.batch(0, 1)
+    assert tokens.tolist() == [[5, 6, 1, 7]] and labels.tolist() == [[5, 6, 1, -100]]
+
+
+def test_too_short_a_corpus_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="corpus of 30 tokens is too short"):
+        corpus(tmp_path, range(30))
+
+
+def test_tokens_are_two_bytes_until_the_vocabulary_needs_four():
+    assert deepseek_v3.token_dtype(65536) is np.uint16 and deepseek_v3.token_dtype(65537) is np.uint32
+
+
+def test_the_learning_rate_follows_the_report():
+    rate = [deepseek_v3.learning_rate_factor(p, 0.02) for p in (0, 0.01, 0.5, 12.15 / 14.8, 0.97, 0.995)]
+    assert rate == pytest.approx([0, 0.5, 1, 0.55, 0.1, 7.3e-6 / 2.2e-4], abs=1e-3)
+
+
+def test_a_run_logs_what_the_contract_names_and_leaves_a_readable_checkpoint(words, tmp_path, capsys):
+    out = tmp_path / "out"
+    deepseek_v3.main([*words, "--out", str(out)])
+    lines = metrics(out)
+    named = {"step", "loss", "main_loss", "mtp_loss", "balance_loss", "max_violation", "lr", "grad_norm"}
+    assert all(named | {"tokens_per_second"} <= line.keys() for line in lines)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert ["val_loss" in line for line in lines] == [False, False, True] * 2
+    assert lines[0]["loss"] == pytest.approx(
+        lines[0]["main_loss"] + 0.3 * lines[0]["mtp_loss"] + 1e-4 * lines[0]["balance_loss"], rel=1e-5
+    )
+    assert f"python deepseek_v3.py generate {out}" in capsys.readouterr().out
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
+    ids = tokenizer("def f1(x):", return_tensors="pt").input_ids
+    ours = DeepseekV3ForCausalLM.from_pretrained(out)
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, atol=1e-4, rtol=0)
+    assert tokenizer.decode(ids[0]) == "def f1(x):"
+    deepseek_v3.main(["generate", str(out), "def", "--max-new-tokens", "5"])
+    assert capsys.readouterr().out.startswith("def")
+
+
+def test_a_run_repeats_itself_and_another_seed_does_not(words, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        trainer(words, "--out", tmp_path / name, "--seed", seed).run()
+    assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
+
+
+def test_a_run_killed_at_any_moment_resumes_with_the_same_losses_bit_for_bit(words, tmp_path):
+    trainer(words, "--out", tmp_path / "whole").run()
+    running = process(words, "--out", tmp_path / "killed")
+    while running.poll() is None and not (tmp_path / "killed/states/step-00000002").exists():
+        time.sleep(0.01)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert process(words, "--out", tmp_path / "killed", "--resume").wait() == 0
+    torch.set_num_threads(1)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+def test_every_saved_state_resumes_with_the_same_weights_bias_and_losses(words, tmp_path):
+    whole = trainer(words, "--out", tmp_path / "whole")
+    whole.run()
+    for stop in (1, 3, 5):
+        first = trainer(words, "--out", tmp_path / str(stop), "--save-every", 1)
+        lines = [first.train_step() for _ in range(stop)]
+        deepseek_v3.save_state(first)
+        first.train_step()  # lost: nothing saved it
+        (tmp_path / str(stop) / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        second = trainer(words, "--out", tmp_path / str(stop), "--resume")
+        assert (second.step, second.position) == (stop, 4 * stop)
+        second.run()
+        assert losses(tmp_path / str(stop)) == losses(tmp_path / "whole")
+        for name, tensor in whole.model.state_dict().items():
+            assert torch.equal(tensor, second.model.state_dict()[name]), name
+
+
+def test_accumulating_parts_of_a_batch_changes_nothing(words, tmp_path):
+    trainer(words, "--out", tmp_path / "one").run()
+    trainer(words, "--out", tmp_path / "four", "--accumulate", 4).run()
+    np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "four"), rtol=1e-4)
+
+
+def test_two_processes_train_the_same_model_and_one_goes_on_from_their_state(words, tmp_path):
+    trainer(words, "--out", tmp_path / "one").run()
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+    both = process(words, "--out", tmp_path / "two", launcher=launcher)
+    printed, errors = both.communicate()
+    assert both.returncode == 0, errors
+    assert printed.count("Next:") == 1
+    np.testing.assert_allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=1e-4)
+    one = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "two")
+    resumed = trainer(words, "--out", tmp_path / "two", "--resume")
+    assert resumed.step == 6
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+
+
+def test_only_the_last_states_are_kept_and_a_new_run_starts_over(words, tmp_path):
+    trainer(words, "--out", tmp_path, "--save-every", 1).run()
+    states = sorted(path.name for path in (tmp_path / "states").iterdir())
+    assert states == ["step-00000005", "step-00000006"]
+    assert trainer(words, "--out", tmp_path).step == 0
+    assert metrics(tmp_path) == [] and not (tmp_path / "states").exists()
+
+
+def test_a_half_written_state_is_never_resumed_from(words, tmp_path):
+    trainer(words, "--out", tmp_path).run()
+    (tmp_path / "states/step-00000009.tmp").mkdir()
+    assert trainer(words, "--out", tmp_path, "--resume").step == 6
+
+
+@pytest.mark.parametrize("change", [("--seed", "5"), ("--batch", "8"), ("--length", "8")])
+def test_another_run_is_not_resumed(words, tmp_path, change):
+    trainer(words, "--out", tmp_path).run()
+    with pytest.raises(ValueError, match=rf"--resume: {change[0][2:]} is {change[1]}, but was"):
+        trainer(words, "--out", tmp_path, "--resume", *change)
+
+
+def test_a_config_that_the_state_was_not_made_with_is_named(words, tmp_path, small):
+    trainer(words, "--out", tmp_path).run()
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(SMALL | {"intermediate_size": 64}))
+    with pytest.raises(ValueError, match="--resume: intermediate_size is 64, but was 48"):
+        trainer(words, "--out", tmp_path, "--resume", "--config", other)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(words, tmp_path):
+    run = trainer(words, "--out", tmp_path)
+    run.train_step(), run.train_step()
+    deepseek_v3.save_state(run)
+    with torch.no_grad():
+        run.model.lm_head.weight.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="step 3: the loss is nan"):
+        run.run()
+    assert [path.name for path in (tmp_path / "states").iterdir()] == ["step-00000002"]
+
+
+@pytest.mark.parametrize(
+    "flags, culprit",
+    [
+        (["--steps", "0"], "--steps 0"),
+        (["--batch", "-4"], "--batch -4"),
+        (["--batch", "4", "--accumulate", "3"], "--batch 4: must be a multiple of 3"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--config", "none.json"], "none.json"),
+        (["--length", "100000"], "too short"),
+        (["--lr", "nan"], "--lr"),
+        (["--vocab-size", "100"], "--vocab-size"),
+    ],
+)
+def test_a_bad_argument_is_one_line_and_status_2(words, tmp_path, capsys, flags, culprit):
+    with pytest.raises(SystemExit) as stop:
+        deepseek_v3.main([*words, "--out", str(tmp_path / "out"), *flags])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and culprit in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00bad"])
+def test_an_empty_or_undecodable_corpus_is_refused(words, tmp_path, capsys, content):
+    (tmp_path / "data.txt").write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        flags = ["--data", str(tmp_path / "data.txt"), "--out", str(tmp_path / "out")]
+        deepseek_v3.main([*words, *flags])
+    assert stop.value.code == 2
+    assert ("data.txt: not UTF-8" if content else "too short") in capsys.readouterr().err
+
+
+def test_a_python_without_its_sources_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(deepseek_v3.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(ValueError, match="came without its sources, give --data"):
+        deepseek_v3.corpus_files(None, 0)
+
+
+def test_interrupting_saves_and_says_how_to_go_on(words, tmp_path, monkeypatch):
+    steps = iter(range(2))
+
+    def interrupted(self, train_step=deepseek_v3.Trainer.train_step):
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+        return train_step(self)
+
+    monkeypatch.setattr(deepseek_v3.Trainer, "train_step", interrupted)
+    with pytest.raises(SystemExit, match="stopped at step 2; the same command with --resume"):
+        deepseek_v3.main([*words, "--out", str(tmp_path), "--save-every", "100"])
+    monkeypatch.undo()
+    assert trainer(words, "--out", tmp_path, "--resume").step == 2
+
+
+def test_the_batch_ramp_reaches_the_full_batch(words, tmp_path):
+    run = trainer(words, "--out", tmp_path, "--batch", 8, "--batch-ramp", 0.5, "--steps", 8)
+    sizes, before = [], 0
+    for _ in range(6):
+        run.train_step()
+        sizes.append(run.position - before)
+        before = run.position
+    assert sizes[0] == 1 and sizes[4:] == [8, 8] and sizes == sorted(sizes)
+
+
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification"])
+def test_a_classification_head_is_fine_tuned_from_a_causal_checkpoint(tmp_path, head):
+    torch.manual_seed(0)
+    causal = DeepseekV3ForCausalLM(DeepseekV3Config(**SMALL | {"vocab_size": 50}))
+    causal.save_pretrained(tmp_path)
+    kind = getattr(deepseek_v3, f"DeepseekV3For{head}")
+    with pytest.warns(UserWarning, match="score.weight: not in the checkpoint, newly initialised"):
+        model = kind.from_pretrained(tmp_path, num_labels=2, num_nextn_predict_layers=0)
+    assert torch.equal(model.model.embed_tokens.weight, causal.model.embed_tokens.weight)
+    tokens = torch.randint(0, 50, (16, 8))
+    labels = (tokens[:, -1] < 25).long() if head[0] == "S" else (tokens < 25).long()
+    optimizer, losses = torch.optim.AdamW(model.train().parameters(), 1e-2), []
+    for _ in range(20):
+        out = model(tokens, labels=labels)
+        out.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.update_router_bias()
+        losses.append(out.main_loss.item())
+    assert losses[-1] < 0.3 * losses[0]
