@@ -1763,7 +1763,7 @@ def parser():
     train.add_argument("--length", type=int, default=128, help="tokens a sequence")
     train.add_argument("--accumulate", type=int, default=1, help="parts that a batch runs in")
     train.add_argument("--recompute", action="store_true", help="recompute layers to save memory")
-    train.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
+    train.add_argument("--lr", type=float, default=4e-3, help="peak learning rate")
     train.add_argument("--warmup", type=float, default=0.02, help="part of the run it rises over")
     train.add_argument("--gamma", type=float, default=0.002, help="step of the router bias")
     train.add_argument("--centred", action="store_true", help="router bias steps of mean zero")

@@ -4,8 +4,6 @@ import torch
 
 from deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM
 
-torch.set_num_threads(1)  # products this small lose more to waiting than a second thread wins
-
 # YaRN with a short original context, so that a few tokens already feel it.
 SHORT_YARN = {"type": "yarn", "factor": 8, "original_max_position_embeddings": 32}
 SHORT_YARN |= {"beta_fast": 4, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}
@@ -22,7 +20,7 @@ def tiny(**changes):
 
 
 def build(cls=DeepseekV3ForCausalLM, seed=0, dtype=torch.float32, **changes):
-    """A model in eval mode with random norms and with router biases of both signs.
+    """A model in eval mode with random norms, and router biases that leave scores of both signs.
 
     Released biases are all near +5, and zeros are where training starts; both hide mistakes.
     """
@@ -33,7 +31,7 @@ def build(cls=DeepseekV3ForCausalLM, seed=0, dtype=torch.float32, **changes):
             if parameter.ndim == 1:  # norms: were they all one, no test could tell two apart
                 parameter.copy_(torch.empty_like(parameter).uniform_(0.5, 1.5))
         for bias in router_biases(model):
-            bias.copy_(torch.empty_like(bias).uniform_(-2.5, 0.5))
+            bias.copy_(torch.empty_like(bias).uniform_(-0.9, -0.3))
     return model.to(dtype).eval()
 
 

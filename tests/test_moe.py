@@ -329,10 +329,13 @@ def test_loads_are_forgotten_after_the_update():
 def test_padding_is_no_load(side):
     rows = [tokens(9), tokens(4, seed=2), tokens(1, seed=3)]
     ids, mask = pad(rows, side, value=5)
-    alone = train_step(build(), *((row[None], None) for row in rows))
-    together = train_step(build(), (ids, mask))
+    plain = dict(num_nextn_predict_layers=0)
+    alone = train_step(build(**plain), *((row[None], None) for row in rows))
+    together = train_step(build(**plain), (ids, mask))
     assert torch.equal(together[0], alone[0])
     assert together[1] == alone[1]
+    counts = visits(build(**plain), ids, mask)
+    assert together[1] == pytest.approx((counts.amax(-1) / (14 * K / E) - 1).tolist())
 
 
 def test_evaluation_is_no_load():
@@ -360,18 +363,32 @@ def test_loads_are_whole_numbers_that_bfloat16_does_not_round():
     assert whole[1] == pytest.approx((counts.amax(-1) / (900 * K / E) - 1).tolist(), rel=1e-6)
 
 
-def test_checkpointing_counts_once_and_has_the_same_gradients():
+def test_checkpointing_has_the_same_gradients():
     found = []
     for recompute in (False, True):
         model = build(dtype=torch.float64).train()
         model.model.gradient_checkpointing = recompute
         loss = model(tokens(2, 9), labels=tokens(2, 9)).loss
         loss.backward()
-        violations = model.update_router_bias(0.01)
-        gradients = [p.grad for p in model.parameters()]
-        found.append([loss, *router_biases(model), torch.tensor(violations), *gradients])
+        found.append([loss, *(parameter.grad for parameter in model.parameters())])
     for plain, recomputed in zip(*found, strict=True):
         close(recomputed, plain, 1e-10)
+
+
+def test_checkpointing_counts_once():
+    """One of two unlike batches is recomputed: counted twice, it would outweigh the other."""
+    found = []
+    for recompute in (False, True):
+        model = build(num_nextn_predict_layers=0).train()
+        for ids, flag in ((tokens(2, 9), recompute), (tokens(2, 5, seed=2), False)):
+            model.model.gradient_checkpointing = flag
+            model(ids, labels=ids).loss.backward()
+        violations = model.update_router_bias(0.01)
+        found.append((violations, torch.stack(router_biases(model)).tolist()))
+    counts = visits(build(num_nextn_predict_layers=0), tokens(2, 9))
+    counts += visits(build(num_nextn_predict_layers=0), tokens(2, 5, seed=2))
+    assert found[0] == found[1]
+    assert found[0][0] == pytest.approx((counts.amax(-1) / (28 * K / E) - 1).tolist())
 
 
 def test_the_routers_of_mtp_modules_are_balanced_too():
