@@ -114,7 +114,7 @@ def test_overrides_win_over_the_stored_config(tmp_path):
 
 
 def released_layout(layers, depths, dense=1):
-    """Names and shapes of a checkpoint, as in the published table, at the sizes of the small model."""
+    """Names and shapes of a checkpoint, as published, at the sizes of the small model."""
     H, N, R, V, C, Q, F, F_expert = 3, 6, 8, 5, 11, 17, 48, 16
     attention = {
         "q_a_proj": (Q, D),
@@ -363,7 +363,7 @@ def test_a_truncated_shard_is_named(keep, tmp_path):
 
 def test_a_file_that_is_no_safetensors_is_named(tmp_path):
     build().save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n" * 3)
+    (tmp_path / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(ValueError, match=r"model\.safetensors"):
         load(tmp_path)
 
@@ -416,7 +416,9 @@ def test_a_broken_index_is_refused(content, tmp_path):
         DeepseekV3ForCausalLM.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("pickle", ["pytorch_model.bin", "model.pt", "pytorch_model.bin.index.json"])
+@pytest.mark.parametrize(
+    "pickle", ["pytorch_model.bin", "model.pt", "pytorch_model.bin.index.json"]
+)
 def test_a_folder_of_pickles_is_refused(pickle, tmp_path):
     build().config.save_pretrained(tmp_path)
     torch.save({}, tmp_path / pickle)
@@ -477,7 +479,7 @@ def test_a_crash_while_writing_leaves_the_older_checkpoint_whole(size, tmp_path,
 @pytest.mark.parametrize("sizes", [(ONE, ONE), (SOME, SOME), (SOME, ONE), (ONE, SOME)], ids=str)
 @pytest.mark.parametrize("calls", range(8))
 def test_a_crash_at_any_moment_leaves_one_whole_checkpoint(calls, sizes, tmp_path, monkeypatch):
-    """The process dies before its n-th change to the folder: the older or the newer one is there."""
+    """The process dies before its n-th change to the folder: the older or the newer is there."""
     older, newer = build(seed=1), build(seed=2)
     older.save_pretrained(tmp_path, max_shard_size=sizes[0])
     left = iter(range(calls))

@@ -12,12 +12,13 @@ from deepseek_v3 import DeepseekV3Model, trace
 E, G, K, SCALING = 12, 3, 4, 2.5  # of the small model; its tokens may visit 2 of 3 groups
 MOE_LAYERS = 2
 
+SHUFFLED = torch.randperm(E, generator=torch.Generator().manual_seed(5))
 BIASES = {
     "zeros": torch.zeros(E),
     "plus five": torch.full((E,), 5.0),
     "minus five": torch.full((E,), -5.0),
     "negative": -torch.linspace(0.5, 4, E),
-    "mixed": torch.linspace(-3, 3, E)[torch.randperm(E, generator=torch.Generator().manual_seed(5))],
+    "mixed": torch.linspace(-3, 3, E)[SHUFFLED],
 }
 
 
@@ -200,13 +201,14 @@ def experts_by_hand(layer, x):
     rows = []
     for b in range(x.shape[0]):
         for t in range(x.shape[1]):
-            row = torch.zeros_like(x[b, t]) if layer.shared_experts is None else (
-                layer.shared_experts(x[b, t])
-            )  # fmt: skip
+            row = torch.zeros_like(x[b, t])
+            if layer.shared_experts is not None:
+                row = layer.shared_experts(x[b, t])
             chosen = zip(routing.indices[b, t].tolist(), routing.weights[b, t], strict=True)
             for e, weight in chosen:
                 gate = torch.nn.functional.silu(experts.gate_proj[e] @ x[b, t])
-                row = row + weight * (experts.down_proj[e] @ (gate * (experts.up_proj[e] @ x[b, t])))
+                hidden = gate * (experts.up_proj[e] @ x[b, t])
+                row = row + weight * (experts.down_proj[e] @ hidden)
             rows.append(row)
     return torch.stack(rows).view_as(x)
 

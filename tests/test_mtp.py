@@ -1,4 +1,4 @@
-"""Multi-token prediction: alignment, order, norms and sharing of the extra modules, and its loss."""
+"""Multi-token prediction: alignment, order, norms and sharing of the modules, and the loss."""
 
 import pytest
 import torch
@@ -74,7 +74,8 @@ def test_the_next_module_reads_the_normed_states_of_the_one_before(model):
         model(tokens(2, 8), output_mtp=True)
     block = model.model.layers[L + 1]
     embeds = model.model.embed_tokens(tokens(2, 8))
-    close(seen["model.layers.4.hnorm"], block.hnorm(seen["model.layers.3.shared_head.norm"][:, :-1]))
+    states = seen["model.layers.3.shared_head.norm"]
+    close(seen["model.layers.4.hnorm"], block.hnorm(states[:, :-1]))
     close(seen["model.layers.4.enorm"], block.enorm(embeds[:, 2:]))
 
 
@@ -155,7 +156,7 @@ def test_embeddings_stand_for_their_tokens(model):
 
 
 def loss_by_hand(mtp_logits, labels):
-    """Eqs. 24 and 25 without λ: for each depth the mean over its targets, then the mean of depths."""
+    """Eqs. 24 and 25 without λ: the mean over each depth's targets, then over the depths."""
     losses = []
     for k, rows in enumerate(mtp_logits, 1):
         terms = []
@@ -177,7 +178,8 @@ def test_the_loss_is_the_mean_of_the_depths(depths, ignored):
     labels[1, list(ignored)] = -100
     out = model(ids, labels=labels)
     close(out.mtp_loss, loss_by_hand(out.mtp_logits, labels))
-    close(out.main_loss, F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
+    rows, targets = out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    close(out.main_loss, F.cross_entropy(rows, targets))
 
 
 def test_a_target_that_is_ignored_everywhere_costs_nothing(model):

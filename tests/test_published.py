@@ -184,7 +184,8 @@ def test_yarn_blends_pairs_10_to_23():
 
 
 @pytest.mark.parametrize(
-    ("name", "scale"), [("V3", 0.1352337788609), ("Moonlight", 0.0721687836), ("V2", 0.1352337788609)]
+    ("name", "scale"),
+    [("V3", 0.1352337788609), ("Moonlight", 0.0721687836), ("V2", 0.1352337788609)],
 )
 def test_softmax_scale(name, scale):
     assert on_meta(name).config.softmax_scale == pytest.approx(scale, rel=1e-9)

@@ -1,0 +1,268 @@
+"""Speed and memory beside transformers: same weights, same dtype, same threads, in one process.
+
+    python tests/benchmark.py [--quick] [--only decode,prefill,…] [--dtype float32] [--device cpu]
+
+Runs alternate, ours and theirs; a ratio is the median over pairs (above 1: we are faster), with the
+smallest and largest pair behind it. The machine's own limits, a matrix product and a copy, are
+measured in the same run, so that a figure means something on any machine.
+"""
+
+import argparse
+import gc
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM, LatentCache  # noqa: E402
+
+# 201M parameters: small enough for two cores, large enough that arithmetic and not Python decides.
+SIZES = {
+    "vocab_size": 8192, "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 16,
+    "q_lora_rank": 256, "kv_lora_rank": 128, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32,
+    "v_head_dim": 64, "intermediate_size": 2048, "moe_intermediate_size": 256,
+    "n_routed_experts": 64, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4,
+    "first_k_dense_replace": 1, "num_nextn_predict_layers": 0, "rope_theta": 10000.0,
+    "max_position_embeddings": 32768,
+}  # fmt: skip
+
+
+def ours(arguments, **changes):
+    torch.manual_seed(0)
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**(SIZES | changes)))
+    return model.to(arguments.device, getattr(torch, arguments.dtype)).eval()
+
+
+def theirs(model):
+    """transformers' model with the same weights."""
+    import transformers
+
+    config = transformers.DeepseekV3Config(**model.config.to_dict())
+    with torch.device(model.device):
+        twin = transformers.DeepseekV3ForCausalLM(config).to(model.dtype).eval()
+    state = model.state_dict()
+    for name in [name for name in state if name.endswith("experts.gate_proj")]:
+        gate, up = state.pop(name), state.pop(name.replace("gate_proj", "up_proj"))
+        state[name.replace("gate_proj", "gate_up_proj")] = torch.cat([gate, up], 1)
+    twin.load_state_dict(state)
+    return twin
+
+
+def clock(work, device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def pairs(mine, other, count, device):
+    """Seconds of both, `count` times, alternating, after a warm-up."""
+    clock(mine, device), clock(other, device)
+    return [(clock(mine, device), clock(other, device)) for _ in range(count)]
+
+
+def report(name, timed, work, unit, note=""):
+    """One row of the table; `work` units were done in each timing."""
+    mine, other = (statistics.median(side) for side in zip(*timed, strict=True))
+    ratios = sorted(b / a for a, b in timed)
+    spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f})"
+    rates = f"{work / mine:,.1f} | {work / other:,.1f}"
+    print(f"| {name} | {rates} {unit} | {spread} | {note} |", flush=True)
+
+
+def limits(arguments):
+    """The machine's matrix products, FLOP/s, and copies, bytes read and written a second."""
+    size = 8192 if arguments.device == "cuda" else 2048
+    a = torch.randn(size, size, device=arguments.device).to(getattr(torch, arguments.dtype))
+    product = min(clock(lambda: a @ a, arguments.device) for _ in range(5))
+    source = torch.empty(1 << 28, dtype=torch.uint8, device=arguments.device)
+    target = torch.empty_like(source)
+    copy = min(clock(lambda: target.copy_(source), arguments.device) for _ in range(5))
+    return 2 * size**3 / product, 2 * source.numel() / copy
+
+
+def activated_bytes(model):
+    """Bytes of the weights that one token reads."""
+    config, total = model.config, 0
+    for name, p in model.named_parameters():
+        share = config.num_experts_per_tok / config.n_routed_experts if ".experts." in name else 1
+        total += 0 if "embed_tokens" in name else p.nbytes * share
+    return total
+
+
+def filled_caches(model, length, batch):
+    """Caches of both sides that hold `length` random tokens."""
+    import transformers
+
+    config, dtype, device = model.config, model.dtype, model.device
+    mine, other = LatentCache(length + 64), transformers.DynamicCache()
+    C, R = config.kv_lora_rank, config.qk_rope_head_dim
+    for layer in range(config.num_hidden_layers):
+        latent = torch.randn(batch, length, C + R, dtype=dtype, device=device)
+        mine.append(layer, latent)
+        other.update(latent[:, None, :, :C].clone(), latent[:, None, :, C:].clone(), layer)
+    mine.length = length
+    return mine, other
+
+
+@torch.no_grad()
+def decode(arguments, model, twin, length, batch=1, tokens=8, count=5):
+    mine, other = filled_caches(model, length, batch)
+    token = torch.ones(batch, 1, dtype=torch.long, device=model.device)
+
+    def run_mine():
+        mine.crop(length)
+        for _ in range(tokens):
+            model(token, past_key_values=mine, logits_to_keep=1)
+
+    def run_other():
+        if other.get_seq_length() > length:
+            other.crop(length - other.get_seq_length())
+        for _ in range(tokens):
+            twin(token, past_key_values=other, use_cache=True, logits_to_keep=1)
+
+    timed = pairs(run_mine, run_other, count, arguments.device)
+    seconds = statistics.median(a for a, _ in timed) / tokens
+    latents = sum(held[:, :length].nbytes for held in mine.layers.values())
+    floor = (activated_bytes(model) + latents) / arguments.read_rate
+    note = f"{seconds / floor:.1f}x the time to read weights and cache once" if batch == 1 else ""
+    report(f"decode at {length:,}, batch {batch}", timed, tokens * batch, "tokens/s", note)
+    return seconds
+
+
+def prefill_flops(model, T):
+    """Products of a forward over T tokens, with the causal half of attention."""
+    config = model.config
+    weights = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n)
+    experts = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 3)
+    weights += experts * config.num_experts_per_tok / config.n_routed_experts
+    widths = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+    heads = config.num_hidden_layers * config.num_attention_heads
+    return 2 * T * weights + heads * widths * T * T
+
+
+@torch.no_grad()
+def prefill(arguments, model, twin, length, count=3):
+    tokens = torch.randint(0, model.config.vocab_size, (1, length), device=model.device)
+    mine = lambda: model(tokens, use_cache=True, logits_to_keep=1)  # noqa: E731
+    other = lambda: twin(tokens, use_cache=True, logits_to_keep=1)  # noqa: E731
+    timed = pairs(mine, other, count, arguments.device)
+    rate = prefill_flops(model, length) / statistics.median(a for a, _ in timed)
+    note = f"{rate / arguments.product_rate:.0%} of the matrix-product rate"
+    report(f"prefill {length:,}", timed, length, "tokens/s", note)
+
+
+def training(arguments, model, twin, batch=4, length=256, count=3):
+    tokens = torch.randint(0, model.config.vocab_size, (batch, length), device=model.device)
+
+    def step(network, optimizer):
+        network(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    sides = []
+    for network in (model, twin):
+        optimizer = torch.optim.AdamW(network.parameters(), 1e-5)
+        sides.append(lambda network=network.train(), optimizer=optimizer: step(network, optimizer))
+    timed = pairs(*sides, count, arguments.device)
+    report(f"training step {batch} x {length}", timed, batch * length, "tokens/s")
+    model.eval(), twin.eval()
+
+
+@torch.no_grad()
+def many_experts(arguments, length=1024, tokens=8, count=7):
+    """Ours alone: four times the experts at the same top-k."""
+    few, many = ours(arguments), ours(arguments, n_routed_experts=256)
+    caches = [LatentCache(length + 64) for _ in range(2)]
+    token, context = torch.ones(1, 1, dtype=torch.long), torch.ones(1, length, dtype=torch.long)
+    token, context = token.to(few.device), context.to(few.device)
+    for network, cache in zip((few, many), caches, strict=True):
+        network(context, past_key_values=cache, logits_to_keep=1)
+
+    def run(network, cache):
+        cache.crop(length)
+        for _ in range(tokens):
+            network(token, past_key_values=cache, logits_to_keep=1)
+
+    sides = (lambda: run(few, caches[0])), (lambda: run(many, caches[1]))
+    timed = pairs(*sides, count, arguments.device)
+    ratio = statistics.median(b / a for a, b in timed)
+    print(f"| 256 experts instead of 64, decode at {length:,} | | | {ratio:.2f}x the time a token |")
+
+
+def memory_of(side, arguments, length):
+    """Peak memory of decoding at `length`, weights included, in a process of its own."""
+    words = [sys.executable, __file__, "--memory-of", side, "--length", str(length)]
+    words += ["--dtype", arguments.dtype]
+    printed = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    return [float(word) for word in printed.split()[-2:]]
+
+
+@torch.no_grad()
+def measure_memory(arguments):
+    """The child of memory_of: prints peak MB, and MB of it beyond imports and weights."""
+    model = ours(arguments)
+    network = model if arguments.memory_of == "ours" else theirs(model)
+    mine, other = filled_caches(model, arguments.length, 1)
+    cache = mine if network is model else other
+    del model, mine, other
+    gc.collect()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with open("/proc/self/statm") as statm:
+        held = int(statm.read().split()[1]) * resource.getpagesize() / 1024
+    token = torch.ones(1, 1, dtype=torch.long)
+    for _ in range(4):
+        network(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(peak / 1024, (max(peak, before) - held) / 1024)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--quick", action="store_true", help="short contexts only")
+    parser.add_argument("--only", default="decode,prefill,training,experts,memory")
+    parser.add_argument("--memory-of", choices=("ours", "theirs"), help=argparse.SUPPRESS)
+    parser.add_argument("--length", type=int, default=4096, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory_of:
+        return measure_memory(arguments)
+    chosen = arguments.only.split(",")
+    arguments.product_rate, arguments.read_rate = limits(arguments)
+    model = ours(arguments)
+    twin = theirs(model)
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    threads = torch.get_num_threads()
+    print(f"{size:.0f}M parameters, {arguments.dtype}, {arguments.device}, {threads} threads; the machine: "
+          f"{arguments.product_rate / 1e9:,.0f} GFLOP/s, copies {arguments.read_rate / 1e9:.1f} GB/s\n")
+    print("| work | ours | transformers | ratio (spread) | |\n| --- | --: | --: | --: | --- |")
+    lengths = (128, 1024) if arguments.quick else (128, 1024, 4096, 16384)
+    if "decode" in chosen:
+        for length in lengths:
+            decode(arguments, model, twin, length, tokens=8 if length < 4096 else 3)
+        decode(arguments, model, twin, 1024, batch=8, count=3)
+    if "prefill" in chosen:
+        for length in (512,) if arguments.quick else (2048, 4096):
+            prefill(arguments, model, twin, length)
+    if "training" in chosen:
+        training(arguments, model, twin)
+    del model, twin
+    if "experts" in chosen:
+        many_experts(arguments)
+    if "memory" in chosen and arguments.device == "cpu":
+        (mine, mine_work), (other, other_work) = (memory_of(s, arguments, 4096) for s in ("ours", "theirs"))
+        print(f"| peak memory, decode at 4,096, MB | {mine:.0f} | {other:.0f} | {mine / other:.2f} of theirs | |")
+    return None
+
+
+if __name__ == "__main__":
+    main()
