@@ -958,11 +958,31 @@ class Sampling:
         return probs / probs.sum(-1, keepdim=True)
 
     def draw(self, probs):
-        """A token from each distribution; (..., vocab) -> (...)."""
+        """A token from each distribution, normalised or not; (B, vocab) -> (B)."""
         if not self.do_sample:
             return probs.argmax(-1)
-        flat = torch.multinomial(probs.flatten(0, -2), 1, generator=self.generator)
-        return flat.view(probs.shape[:-1])
+        return torch.multinomial(probs, 1, generator=self.generator).squeeze(-1)
+
+    def accept(self, drafts, q, p):
+        """Speculative sampling: how many drafts stand, and the token behind them -> (B), (B).
+
+        drafts (B, T-1) were drawn from q (B, T-1, vocab); p (B, T, vocab) is what the model says of
+        each and of one token more. Greedy decoding is the case of all p and q on one token.
+        """
+        # Draft x stands with probability min(1, p(x) / q(x)). Behind the last that stands, the token
+        # is drawn from max(p - q, 0), normalised: what p has more of than drafting offered; where
+        # all stand, nothing was offered, q = 0. So every token is distributed exactly as p.
+        chance = torch.zeros_like(q[..., 0])  # (B, T-1)
+        if self.do_sample:
+            chance.uniform_(generator=self.generator)
+        p_x, q_x = (probs.gather(-1, drafts.unsqueeze(-1)).squeeze(-1) for probs in (p[:, :-1], q))
+        accepted = (chance * q_x < p_x).cumprod(-1).sum(-1)  # (B)
+        row = torch.arange(len(p), device=p.device)
+        p_next, q_next = p[row, accepted], F.pad(q, (0, 0, 0, 1))[row, accepted]
+        residual = (p_next - q_next).clamp(min=0)  # (B, vocab)
+        # Where p and q differ by rounding only, nothing may be left to draw from: then p is right.
+        residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p_next)
+        return accepted, self.draw(residual)
 
 def stop_ids(config, eos_token_id):
     """End-of-sequence ids as a list: those given, else the config's; -1 stands for none."""
@@ -970,44 +990,165 @@ def stop_ids(config, eos_token_id):
     ids = given if isinstance(given, list | tuple) else [] if given is None else [given]
     return [] if -1 in ids else list(ids)
 
+class Continuation:
+    """What each row has gained, up to `most` tokens; a column is complete once every row has it."""
+
+    def __init__(self, config, rows, most, eos_token_id, streamer, statistics):
+        self.most, self.streamer = most, streamer
+        self.statistics = [] if statistics is None else statistics
+        self.stops, self.pad = stop_ids(config, eos_token_id), config.pad_token_id
+        if self.pad is None:
+            self.pad = self.stops[0] if self.stops else 0
+        self.rows, self.columns, self.finished = [[] for _ in range(rows)], [], [most == 0] * rows
+
+    def add(self, drafts, accepted, token):
+        """Append each row's accepted drafts (B, T-1) and the token behind them, up to its end."""
+        news = zip(drafts.tolist(), accepted.tolist(), token.tolist(), strict=True)
+        for i, (drafted, count, behind) in enumerate(news):
+            gained = [] if self.finished[i] else [*drafted[:count], behind]
+            for new in gained:
+                if not self.finished[i]:
+                    self.rows[i].append(new)
+                    self.finished[i] = new in self.stops or len(self.rows[i]) == self.most
+            if gained and drafted:
+                self.statistics.append((len(drafted), count))
+        lengths = [len(row) for row, end in zip(self.rows, self.finished, strict=True) if not end]
+        complete = min(lengths) if lengths else max(map(len, self.rows))
+        for i in range(len(self.columns), complete):
+            column = [row[i] if i < len(row) else self.pad for row in self.rows]
+            self.columns.append(torch.tensor(column, device=token.device))
+            if self.streamer is not None:
+                self.streamer(self.columns[-1])
+
+def with_holes(cache, start, real):
+    """A cache's mask if real (B, T) says which tokens from `start` on are any; None if all are."""
+    mask = F.pad(real, (start, 0), value=True)
+    if cache.mask is not None:
+        mask[:, :start] &= cache.mask[:, :start]
+    return None if mask.all() else mask
+
+class Drafter:
+    """The MTP modules at inference: draft k is what depth k says at a row's newest token.
+
+    Row i of depth k (see MTPBlock) stands in slot i + k - 1 of that depth's cache. With n tokens
+    known, its rows to n - k rest on these alone and stay. The k - 1 behind them rest on drafts, and
+    are made again in the next call. For more drafts than modules the last one goes on, its own
+    output in place of the main model's state, as if that were its next row.
+    """
+
+    def __init__(self, model, sampling, depths, capacity):
+        self.model, self.sampling = model, sampling
+        self.blocks = model.mtp_blocks[:depths]
+        self.caches = [LatentCache(capacity) for _ in self.blocks]
+        self.above = {}  # by depth, the row that it needs of the depth above from the last call
+
+    def draft(self, window, hidden, real, last, token, count):
+        """Draft `count` tokens behind `token` (B) -> (B, count), their q (B, count, vocab).
+
+        hidden (B, T, D) is what the main model made of the window (B, T); in each row of the batch
+        `token` follows column `last` (B), and real (B, T) is False at padding and behind that.
+        """
+        row, start, T = torch.arange(len(last), device=last.device), self.caches[0].length, real.shape[1]
+        exact = torch.arange(T, device=last.device) <= last.unsqueeze(1)  # (B, T)
+        ahead = F.pad(window[:, 1:], (0, 1)).scatter(1, last.unsqueeze(1), token.unsqueeze(1))  # (B, T)
+        drafts, q, kept = [], [], []
+        for i in range(count):
+            if 0 < i < len(self.blocks):
+                hidden, real = self.join(i, hidden, real, row, last)
+            if i < len(self.blocks):
+                hidden = self.run(i, hidden, ahead, with_holes(self.caches[i], start, real))
+                newest = hidden[row, last + i].unsqueeze(1)
+                kept.append(real[:, :T] & exact)
+            else:
+                newest = self.run(-1, newest, drafts[-1], None)
+            q.append(self.sampling.distribution(self.model.lm_head(newest)))
+            drafts.append(self.sampling.draw(q[-1].squeeze(1)).unsqueeze(1))
+            ahead = F.pad(ahead, (0, 1)).scatter(1, last.unsqueeze(1) + i + 1, drafts[-1])
+        for cache, rows in zip(self.caches, kept, strict=False):
+            cache.crop(start + T)
+            cache.mask = with_holes(cache, start, rows)
+        return torch.cat(drafts, 1), torch.cat(q, 1)
+
+    def join(self, i, hidden, real, row, last):
+        """Put before the rows of the depth above the one that the last call left; none at first."""
+        left = self.above.get(i, (torch.zeros_like(hidden[:, :1]), torch.zeros_like(real[:, :1])))
+        self.above[i] = hidden[row, last].unsqueeze(1), real[row, last].unsqueeze(1)
+        return torch.cat([left[0], hidden], 1), torch.cat([left[1], real], 1)
+
+    def run(self, i, hidden, tokens, mask):
+        """New rows of module i: hidden (B, T, D) with the embeddings of tokens (B, T) -> (B, T, D)."""
+        cache, main = self.caches[i], self.model.model
+        _, rope, pattern = main.context(hidden, mask, None, cache)
+        hidden = self.blocks[i](hidden, main.embed_tokens(tokens), rope, pattern, cache)
+        cache.length += tokens.shape[1]
+        return hidden
+
+def draft_length(model, use_mtp, num_draft_tokens):
+    """Tokens to draft a step: as asked, else one for each MTP module; 0 without use_mtp."""
+    if use_mtp and not model.mtp_blocks:
+        hint = "train one with num_nextn_predict_layers=1, or load a checkpoint that has them"
+        raise ValueError(f"use_mtp=True, but the model has no MTP modules: {hint}")
+    if num_draft_tokens is not None and (num_draft_tokens < 1 or not use_mtp):
+        raise ValueError(f"{num_draft_tokens=}, {use_mtp=}: drafting takes 1 or more and use_mtp=True")
+    return (num_draft_tokens or len(model.mtp_blocks)) if use_mtp else 0
+
+def decode(model, window, attention_mask, sampling, most_drafts, text):
+    """Lengthen `text` to its end: draft, verify all drafts in one pass, forget those that fell."""
+    cache = LatentCache(window.shape[1] + text.most)
+    drafter = Drafter(model, sampling, most_drafts, cache.capacity)
+    hidden = model.model(window, attention_mask, past_key_values=cache).last_hidden_state  # (B, T, D)
+    last = last_real_token(hidden, None, attention_mask, None)  # (B)
+    real = torch.ones_like(window).bool() if attention_mask is None else attention_mask.bool()  # (B, T)
+    newest = hidden[torch.arange(len(last), device=last.device), last].unsqueeze(1)
+    p = sampling.distribution(model.lm_head(newest))
+    drafts, q = none = window[:, :0], p[:, :0]
+    while True:
+        accepted, token = sampling.accept(drafts, q, p)
+        text.add(drafts, accepted, token)
+        if all(text.finished):
+            return
+        if drafts.shape[1]:
+            # Rows that accept less than others keep holes in the cache. A step takes as many slots as
+            # its best row gains tokens, so in all at most min(B, drafts + 1) slots for a row's token.
+            last = accepted.masked_fill(torch.tensor(text.finished, device=last.device), 0)  # (B)
+            real = torch.arange(int(last.max()) + 1, device=last.device) <= last.unsqueeze(1)
+            cache.crop(start + real.shape[1])
+            cache.mask = with_holes(cache, start, real)
+            window, hidden = window[:, : real.shape[1]], hidden[:, : real.shape[1]]
+        count = min(most_drafts, text.most - 1 - min(map(len, text.rows)))
+        drafts, q = drafter.draft(window, hidden, real, last, token, count) if count else none
+        window, start = torch.cat([token.unsqueeze(1), drafts], 1), cache.length
+        hidden = model.model(window, past_key_values=cache).last_hidden_state
+        p = sampling.distribution(model.lm_head(hidden))  # (B, T, vocab)
+
 @torch.no_grad()
 def generate(
     model, input_ids, attention_mask=None, max_new_tokens=64, do_sample=False, temperature=1.0,
-    top_k=0, top_p=1.0, min_p=0.0, eos_token_id=None, generator=None, streamer=None,
+    top_k=0, top_p=1.0, min_p=0.0, eos_token_id=None, use_mtp=False, num_draft_tokens=None,
+    generator=None, streamer=None, statistics=None,
 ):  # fmt: skip
     """Continue input_ids (B, T) by up to max_new_tokens -> (B, T + new), padded behind a row's end.
 
     eos_token_id: an id or a list, None for the config's, -1 never stops. Prompts may be padded on
-    either side if attention_mask (B, T) says where. streamer(token_ids (B)) is called for each step.
+    either side if attention_mask (B, T) says where. streamer(token_ids (B)) is called for each column.
+    use_mtp drafts num_draft_tokens a step, by default one for each MTP module: the same tokens, or
+    when sampling the same distribution, in fewer steps. A list given as `statistics` is filled with
+    (drafted, accepted) of each step and row.
     """
     sampling = Sampling(do_sample, temperature, top_k, top_p, min_p, generator)
     check_inputs(input_ids, None, model.config.vocab_size)
     if input_ids.shape[1] == 0 or max_new_tokens < 0:
         raise ValueError(f"a prompt of {input_ids.shape[1]} tokens, {max_new_tokens=}: too few")
-    stops = torch.tensor(stop_ids(model.config, eos_token_id), device=input_ids.device)
-    pad = model.config.pad_token_id
-    pad = pad if pad is not None else int(stops[0]) if len(stops) else 0
-    cache = LatentCache(input_ids.shape[1] + max_new_tokens)
-    finished = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)  # (B)
-    tokens, new, rows = [input_ids], input_ids, torch.arange(len(input_ids), device=input_ids.device)
+    most_drafts = draft_length(model, use_mtp, num_draft_tokens)
+    rows = len(input_ids)
+    text = Continuation(model.config, rows, max_new_tokens, eos_token_id, streamer, statistics)
     was_training = model.training
     model.eval()
     try:
-        for _ in range(max_new_tokens):
-            hidden = model.model(new, attention_mask, past_key_values=cache).last_hidden_state
-            last = last_real_token(hidden, None, attention_mask, None)  # (B)
-            logits = model.lm_head(hidden[rows, last])  # (B, vocab)
-            token = sampling.draw(sampling.distribution(logits)).masked_fill(finished, pad)  # (B)
-            new, attention_mask = token.unsqueeze(1), None  # the cache remembers the prompt's mask
-            tokens.append(new)
-            if streamer is not None:
-                streamer(token)
-            finished = finished | torch.isin(token, stops)
-            if len(stops) and finished.all():
-                break
+        decode(model, input_ids, attention_mask, sampling, most_drafts, text)
     finally:
         model.train(was_training)
-    return torch.cat(tokens, 1)
+    return torch.cat([input_ids, *(column.unsqueeze(1) for column in text.columns)], 1)
 
 DeepseekV3ForCausalLM.generate = generate
 
