@@ -991,11 +991,10 @@ def stop_ids(config, eos_token_id):
     return [] if -1 in ids else list(ids)
 
 class Continuation:
-    """What each row has gained, up to `most` tokens; a column is complete once every row has it."""
+    """What each row has gained, up to `most` tokens; a column is made once every row has it."""
 
     def __init__(self, config, rows, most, eos_token_id, streamer, statistics):
-        self.most, self.streamer = most, streamer
-        self.statistics = [] if statistics is None else statistics
+        self.most, self.streamer, self.statistics = most, streamer, statistics
         self.stops, self.pad = stop_ids(config, eos_token_id), config.pad_token_id
         if self.pad is None:
             self.pad = self.stops[0] if self.stops else 0
@@ -1003,36 +1002,32 @@ class Continuation:
 
     def add(self, drafts, accepted, token):
         """Append each row's accepted drafts (B, T-1) and the token behind them, up to its end."""
-        news = zip(drafts.tolist(), accepted.tolist(), token.tolist(), strict=True)
-        for i, (drafted, count, behind) in enumerate(news):
-            gained = [] if self.finished[i] else [*drafted[:count], behind]
-            for new in gained:
-                if not self.finished[i]:
-                    self.rows[i].append(new)
-                    self.finished[i] = new in self.stops or len(self.rows[i]) == self.most
-            if gained and drafted:
+        gains = zip(self.rows, drafts.tolist(), accepted.tolist(), token.tolist(), strict=True)
+        for i, (row, drafted, count, behind) in enumerate(gains):
+            if drafted and not self.finished[i]:
                 self.statistics.append((len(drafted), count))
-        lengths = [len(row) for row, end in zip(self.rows, self.finished, strict=True) if not end]
-        complete = min(lengths) if lengths else max(map(len, self.rows))
-        for i in range(len(self.columns), complete):
+            for new in [*drafted[:count], behind]:
+                if not self.finished[i]:
+                    row.append(new)
+                    self.finished[i] = new in self.stops or len(row) == self.most
+        longest, ends = max(map(len, self.rows)), zip(self.rows, self.finished, strict=True)
+        for i in range(len(self.columns), min(longest if end else len(row) for row, end in ends)):
             column = [row[i] if i < len(row) else self.pad for row in self.rows]
             self.columns.append(torch.tensor(column, device=token.device))
             if self.streamer is not None:
                 self.streamer(self.columns[-1])
 
-def with_holes(cache, start, real):
-    """A cache's mask if real (B, T) says which tokens from `start` on are any; None if all are."""
-    mask = F.pad(real, (start, 0), value=True)
-    if cache.mask is not None:
-        mask[:, :start] &= cache.mask[:, :start]
+def slots_of_depth(k, mask):
+    """Depth k's rows begin at the k-th real token: its part of mask (B, S), or None if that is all."""
+    mask = mask & (mask.cumsum(-1) >= k)  # (B, S)
     return None if mask.all() else mask
 
 class Drafter:
     """The MTP modules at inference: draft k is what depth k says at a row's newest token.
 
-    Row i of depth k (see MTPBlock) stands in slot i + k - 1 of that depth's cache. With n tokens
-    known, its rows to n - k rest on these alone and stay. The k - 1 behind them rest on drafts, and
-    are made again in the next call. For more drafts than modules the last one goes on, its own
+    Row i of depth k (see MTPBlock) stands where token i + k - 1 stands in the main cache. With n
+    tokens known, rows to n - k rest on these alone and stay; the k - 1 behind them rest on drafts
+    and are made again in the next call. For more drafts than modules the last one goes on, its own
     output in place of the main model's state, as if that were its next row.
     """
 
@@ -1040,65 +1035,51 @@ class Drafter:
         self.model, self.sampling = model, sampling
         self.blocks = model.mtp_blocks[:depths]
         self.caches = [LatentCache(capacity) for _ in self.blocks]
-        self.above = {}  # by depth, the row that it needs of the depth above from the last call
+        self.above = {}  # by depth, the last row to stay of the depth above
 
-    def draft(self, window, hidden, real, last, token, count):
-        """Draft `count` tokens behind `token` (B) -> (B, count), their q (B, count, vocab).
+    def draft(self, window, hidden, known, last, token, count):
+        """Draft `count` tokens behind `token` (B) -> drafts (B, count), their q (B, count, vocab).
 
-        hidden (B, T, D) is what the main model made of the window (B, T); in each row of the batch
-        `token` follows column `last` (B), and real (B, T) is False at padding and behind that.
+        window (B, T) holds the main cache's newest tokens, hidden (B, T, D) the states there, last (B)
+        each row's newest column of it; known (B, S) is False where the cache holds no token.
         """
-        row, start, T = torch.arange(len(last), device=last.device), self.caches[0].length, real.shape[1]
-        exact = torch.arange(T, device=last.device) <= last.unsqueeze(1)  # (B, T)
-        ahead = F.pad(window[:, 1:], (0, 1)).scatter(1, last.unsqueeze(1), token.unsqueeze(1))  # (B, T)
-        drafts, q, kept = [], [], []
+        row, column = torch.arange(len(last), device=last.device), last.unsqueeze(1)
+        ahead = F.pad(window[:, 1:], (0, 1)).scatter(1, column, token.unsqueeze(1))  # (B, T)
+        mask, start, drafts, q = known, known.shape[1] - window.shape[1], [], []
         for i in range(count):
             if 0 < i < len(self.blocks):
-                hidden, real = self.join(i, hidden, real, row, last)
+                above = self.above.get(i, torch.zeros_like(hidden[:, :1]))  # (B, 1, D)
+                self.above[i] = hidden[row, last].unsqueeze(1)
+                hidden = torch.cat([above, hidden], 1)
             if i < len(self.blocks):
-                hidden = self.run(i, hidden, ahead, with_holes(self.caches[i], start, real))
-                newest = hidden[row, last + i].unsqueeze(1)
-                kept.append(real[:, :T] & exact)
+                hidden = self.run(i, hidden, ahead, slots_of_depth(i + 1, mask))
+                newest = hidden[row, last + i].unsqueeze(1)  # (B, 1, D)
             else:
                 newest = self.run(-1, newest, drafts[-1], None)
             q.append(self.sampling.distribution(self.model.lm_head(newest)))
             drafts.append(self.sampling.draw(q[-1].squeeze(1)).unsqueeze(1))
-            ahead = F.pad(ahead, (0, 1)).scatter(1, last.unsqueeze(1) + i + 1, drafts[-1])
-        for cache, rows in zip(self.caches, kept, strict=False):
-            cache.crop(start + T)
-            cache.mask = with_holes(cache, start, rows)
+            ahead = F.pad(ahead, (0, 1)).scatter(1, column + i + 1, drafts[-1])
+            mask = F.pad(mask, (0, 1)).scatter(1, start + column + i + 1, True)
+        for k, cache in enumerate(self.caches[:count], 1):
+            cache.crop(known.shape[1])
+            cache.mask = slots_of_depth(k, known)
         return torch.cat(drafts, 1), torch.cat(q, 1)
-
-    def join(self, i, hidden, real, row, last):
-        """Put before the rows of the depth above the one that the last call left; none at first."""
-        left = self.above.get(i, (torch.zeros_like(hidden[:, :1]), torch.zeros_like(real[:, :1])))
-        self.above[i] = hidden[row, last].unsqueeze(1), real[row, last].unsqueeze(1)
-        return torch.cat([left[0], hidden], 1), torch.cat([left[1], real], 1)
 
     def run(self, i, hidden, tokens, mask):
         """New rows of module i: hidden (B, T, D) with the embeddings of tokens (B, T) -> (B, T, D)."""
         cache, main = self.caches[i], self.model.model
         _, rope, pattern = main.context(hidden, mask, None, cache)
-        hidden = self.blocks[i](hidden, main.embed_tokens(tokens), rope, pattern, cache)
+        hidden = self.blocks[i](hidden, main.embed_tokens(tokens), rope, pattern, cache)  # (B, T, D)
         cache.length += tokens.shape[1]
         return hidden
-
-def draft_length(model, use_mtp, num_draft_tokens):
-    """Tokens to draft a step: as asked, else one for each MTP module; 0 without use_mtp."""
-    if use_mtp and not model.mtp_blocks:
-        hint = "train one with num_nextn_predict_layers=1, or load a checkpoint that has them"
-        raise ValueError(f"use_mtp=True, but the model has no MTP modules: {hint}")
-    if num_draft_tokens is not None and (num_draft_tokens < 1 or not use_mtp):
-        raise ValueError(f"{num_draft_tokens=}, {use_mtp=}: drafting takes 1 or more and use_mtp=True")
-    return (num_draft_tokens or len(model.mtp_blocks)) if use_mtp else 0
 
 def decode(model, window, attention_mask, sampling, most_drafts, text):
     """Lengthen `text` to its end: draft, verify all drafts in one pass, forget those that fell."""
     cache = LatentCache(window.shape[1] + text.most)
     drafter = Drafter(model, sampling, most_drafts, cache.capacity)
     hidden = model.model(window, attention_mask, past_key_values=cache).last_hidden_state  # (B, T, D)
+    known = (torch.ones_like(window) if attention_mask is None else attention_mask).bool()  # (B, T)
     last = last_real_token(hidden, None, attention_mask, None)  # (B)
-    real = torch.ones_like(window).bool() if attention_mask is None else attention_mask.bool()  # (B, T)
     newest = hidden[torch.arange(len(last), device=last.device), last].unsqueeze(1)
     p = sampling.distribution(model.lm_head(newest))
     drafts, q = none = window[:, :0], p[:, :0]
@@ -1109,15 +1090,16 @@ def decode(model, window, attention_mask, sampling, most_drafts, text):
             return
         if drafts.shape[1]:
             # Rows that accept less than others keep holes in the cache. A step takes as many slots as
-            # its best row gains tokens, so in all at most min(B, drafts + 1) slots for a row's token.
+            # its best row gains tokens: in all at most min(B, drafts + 1) for each token of a row.
             last = accepted.masked_fill(torch.tensor(text.finished, device=last.device), 0)  # (B)
-            real = torch.arange(int(last.max()) + 1, device=last.device) <= last.unsqueeze(1)
-            cache.crop(start + real.shape[1])
-            cache.mask = with_holes(cache, start, real)
-            window, hidden = window[:, : real.shape[1]], hidden[:, : real.shape[1]]
+            stands = torch.arange(int(last.max()) + 1, device=last.device) <= last.unsqueeze(1)
+            known = torch.cat([known, stands], 1)  # (B, S)
+            cache.crop(known.shape[1])
+            cache.mask = slots_of_depth(1, known)
+            window, hidden = window[:, : stands.shape[1]], hidden[:, : stands.shape[1]]
         count = min(most_drafts, text.most - 1 - min(map(len, text.rows)))
-        drafts, q = drafter.draft(window, hidden, real, last, token, count) if count else none
-        window, start = torch.cat([token.unsqueeze(1), drafts], 1), cache.length
+        drafts, q = drafter.draft(window, hidden, known, last, token, count) if count else none
+        window = torch.cat([token.unsqueeze(1), drafts], 1)
         hidden = model.model(window, past_key_values=cache).last_hidden_state
         p = sampling.distribution(model.lm_head(hidden))  # (B, T, vocab)
 
@@ -1131,17 +1113,22 @@ def generate(
 
     eos_token_id: an id or a list, None for the config's, -1 never stops. Prompts may be padded on
     either side if attention_mask (B, T) says where. streamer(token_ids (B)) is called for each column.
-    use_mtp drafts num_draft_tokens a step, by default one for each MTP module: the same tokens, or
-    when sampling the same distribution, in fewer steps. A list given as `statistics` is filled with
-    (drafted, accepted) of each step and row.
+    use_mtp drafts num_draft_tokens a step, by default one a module: the same tokens, or when sampling
+    the same distribution, in fewer steps; a list `statistics` gains (drafted, accepted) of each.
     """
     sampling = Sampling(do_sample, temperature, top_k, top_p, min_p, generator)
     check_inputs(input_ids, None, model.config.vocab_size)
     if input_ids.shape[1] == 0 or max_new_tokens < 0:
         raise ValueError(f"a prompt of {input_ids.shape[1]} tokens, {max_new_tokens=}: too few")
-    most_drafts = draft_length(model, use_mtp, num_draft_tokens)
-    rows = len(input_ids)
-    text = Continuation(model.config, rows, max_new_tokens, eos_token_id, streamer, statistics)
+    if use_mtp and not model.mtp_blocks:
+        hint = "train one with num_nextn_predict_layers=1, or load a checkpoint that has them"
+        raise ValueError(f"use_mtp=True, but the model has no MTP modules: {hint}")
+    if num_draft_tokens is not None and (num_draft_tokens < 1 or not use_mtp):
+        raise ValueError(f"{num_draft_tokens=}, {use_mtp=}: must be 1 or more, and with use_mtp=True")
+    most_drafts = (num_draft_tokens or len(model.mtp_blocks)) if use_mtp else 0
+    statistics = [] if statistics is None else statistics
+    rows, config = len(input_ids), model.config
+    text = Continuation(config, rows, max_new_tokens, eos_token_id, streamer, statistics)
     was_training = model.training
     model.eval()
     try:
