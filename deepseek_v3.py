@@ -1712,10 +1712,22 @@ def generate_command(options):
     """Continue a prompt with the model of a folder."""
     model = DeepseekV3ForCausalLM.from_pretrained(options.directory)
     tokenizer = Tokenizer.from_file(str(Path(options.directory) / "tokenizer.json"))
-    stream_text(model, tokenizer, options.prompt, options.max_new_tokens, options.temperature, options.seed)
+    steps, draft = [], {"use_mtp": options.mtp, "num_draft_tokens": options.draft_tokens}
+    length, temperature, seed = options.max_new_tokens, options.temperature, options.seed
+    stream_text(model, tokenizer, options.prompt, length, temperature, seed, statistics=steps, **draft)
     print()
+    if steps:
+        print(draft_report(steps), file=sys.stderr)
 
-def stream_text(model, tokenizer, prompt, max_new_tokens, temperature, seed):
+def draft_report(steps):
+    """What generate's `statistics` say: tokens a step, acceptance by position in the draft."""
+    tokens_a_step = 1 + sum(accepted for _, accepted in steps) / len(steps)
+    positions = range(max(drafted for drafted, _ in steps))
+    asked = [[accepted > i for drafted, accepted in steps if drafted > i] for i in positions]
+    parts = ", ".join(f"{sum(stood) / len(stood):.0%}" for stood in asked)
+    return f"{tokens_a_step:.2f} tokens a step; drafts accepted by position: {parts}"
+
+def stream_text(model, tokenizer, prompt, max_new_tokens, temperature, seed, **drafting):
     """Print the prompt and, as it comes, its continuation; whole characters only."""
     ids = [tokenizer.token_to_id(BOS), *tokenizer.encode(prompt, add_special_tokens=False).ids]
     stream, new = DecodeStream(skip_special_tokens=True), []
@@ -1727,6 +1739,7 @@ def stream_text(model, tokenizer, prompt, max_new_tokens, temperature, seed):
         temperature=temperature or 1.0,
         generator=torch.Generator(model.device).manual_seed(seed),
         streamer=lambda token: print(stream.step(tokenizer, int(token[0])) or "", end="", flush=True),
+        **drafting,
     )
 
 def parser():
@@ -1756,6 +1769,8 @@ def parser():
     run.add_argument("--max-new-tokens", type=int, default=200)
     run.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token")
     run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--mtp", action="store_true", help="draft with the MTP modules: fewer steps")
+    run.add_argument("--draft-tokens", type=int, help="drafted a step (default: one an MTP module)")
     return main
 
 def main(arguments=None):
