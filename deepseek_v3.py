@@ -968,11 +968,31 @@ class Sampling:
         return probs / probs.sum(-1, keepdim=True)
 
     def draw(self, probs):
-        """A token from each distribution; (..., vocab) -> (...)."""
+        """A token from each distribution, normalised or not; (B, vocab) -> (B)."""
         if not self.do_sample:
             return probs.argmax(-1)
-        flat = torch.multinomial(probs.flatten(0, -2), 1, generator=self.generator)
-        return flat.view(probs.shape[:-1])
+        return torch.multinomial(probs, 1, generator=self.generator).squeeze(-1)
+
+    def accept(self, drafts, q, p):
+        """Speculative sampling: how many drafts stand, and the token behind them -> (B), (B).
+
+        drafts (B, T-1) were drawn from q (B, T-1, vocab); p (B, T, vocab) is what the model says of
+        each and of one token more. Greedy decoding is the case of all p and q on one token.
+        """
+        # Draft x stands with probability min(1, p(x) / q(x)). Behind the last that stands, the token
+        # is drawn from max(p - q, 0), normalised: what p has more of than drafting offered; where
+        # all stand, nothing was offered, q = 0. So every token is distributed exactly as p.
+        chance = torch.zeros_like(q[..., 0])  # (B, T-1)
+        if self.do_sample:
+            chance.uniform_(generator=self.generator)
+        p_x, q_x = (probs.gather(-1, drafts.unsqueeze(-1)).squeeze(-1) for probs in (p[:, :-1], q))
+        accepted = (chance * q_x < p_x).cumprod(-1).sum(-1)  # (B)
+        row = torch.arange(len(p), device=p.device)
+        p_next, q_next = p[row, accepted], F.pad(q, (0, 0, 0, 1))[row, accepted]
+        residual = (p_next - q_next).clamp(min=0)  # (B, vocab)
+        # Where p and q differ by rounding only, nothing may be left to draw from: then p is right.
+        residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p_next)
+        return accepted, self.draw(residual)
 
 def stop_ids(config, eos_token_id):
     """End-of-sequence ids as a list: those given, else the config's; -1 stands for none."""
@@ -980,44 +1000,152 @@ def stop_ids(config, eos_token_id):
     ids = given if isinstance(given, list | tuple) else [] if given is None else [given]
     return [] if -1 in ids else list(ids)
 
+class Continuation:
+    """What each row has gained, up to `most` tokens; a column is made once every row has it."""
+
+    def __init__(self, config, rows, most, eos_token_id, streamer, statistics):
+        self.most, self.streamer, self.statistics = most, streamer, statistics
+        self.stops, self.pad = stop_ids(config, eos_token_id), config.pad_token_id
+        if self.pad is None:
+            self.pad = self.stops[0] if self.stops else 0
+        self.rows, self.columns, self.finished = [[] for _ in range(rows)], [], [most == 0] * rows
+
+    def add(self, drafts, accepted, token):
+        """Append each row's accepted drafts (B, T-1) and the token behind them, up to its end."""
+        gains = zip(self.rows, drafts.tolist(), accepted.tolist(), token.tolist(), strict=True)
+        for i, (row, drafted, count, behind) in enumerate(gains):
+            if drafted and not self.finished[i]:
+                self.statistics.append((len(drafted), count))
+            for new in [*drafted[:count], behind]:
+                if not self.finished[i]:
+                    row.append(new)
+                    self.finished[i] = new in self.stops or len(row) == self.most
+        longest, ends = max(map(len, self.rows)), zip(self.rows, self.finished, strict=True)
+        for i in range(len(self.columns), min(longest if end else len(row) for row, end in ends)):
+            column = [row[i] if i < len(row) else self.pad for row in self.rows]
+            self.columns.append(torch.tensor(column, device=token.device))
+            if self.streamer is not None:
+                self.streamer(self.columns[-1])
+
+def slots_of_depth(k, mask):
+    """Depth k's rows begin at the k-th real token: its part of mask (B, S), or None if that is all."""
+    mask = mask & (mask.cumsum(-1) >= k)  # (B, S)
+    return None if mask.all() else mask
+
+class Drafter:
+    """The MTP modules at inference: draft k is what depth k says at a row's newest token.
+
+    Row i of depth k (see MTPBlock) stands where token i + k - 1 stands in the main cache. With n
+    tokens known, rows to n - k rest on these alone and stay; the k - 1 behind them rest on drafts
+    and are made again in the next call. For more drafts than modules the last one goes on, its own
+    output in place of the main model's state, as if that were its next row.
+    """
+
+    def __init__(self, model, sampling, depths, capacity):
+        self.model, self.sampling = model, sampling
+        self.blocks = model.mtp_blocks[:depths]
+        self.caches = [LatentCache(capacity) for _ in self.blocks]
+        self.above = {}  # by depth, the last row to stay of the depth above
+
+    def draft(self, window, hidden, known, last, token, count):
+        """Draft `count` tokens behind `token` (B) -> drafts (B, count), their q (B, count, vocab).
+
+        window (B, T) holds the main cache's newest tokens, hidden (B, T, D) the states there, last (B)
+        each row's newest column of it; known (B, S) is False where the cache holds no token.
+        """
+        row, column = torch.arange(len(last), device=last.device), last.unsqueeze(1)
+        ahead = F.pad(window[:, 1:], (0, 1)).scatter(1, column, token.unsqueeze(1))  # (B, T)
+        mask, start, drafts, q = known, known.shape[1] - window.shape[1], [], []
+        for i in range(count):
+            if 0 < i < len(self.blocks):
+                above = self.above.get(i, torch.zeros_like(hidden[:, :1]))  # (B, 1, D)
+                self.above[i] = hidden[row, last].unsqueeze(1)
+                hidden = torch.cat([above, hidden], 1)
+            if i < len(self.blocks):
+                hidden = self.run(i, hidden, ahead, slots_of_depth(i + 1, mask))
+                newest = hidden[row, last + i].unsqueeze(1)  # (B, 1, D)
+            else:
+                newest = self.run(-1, newest, drafts[-1], None)
+            q.append(self.sampling.distribution(self.model.lm_head(newest)))
+            drafts.append(self.sampling.draw(q[-1].squeeze(1)).unsqueeze(1))
+            ahead = F.pad(ahead, (0, 1)).scatter(1, column + i + 1, drafts[-1])
+            mask = F.pad(mask, (0, 1)).scatter(1, start + column + i + 1, True)
+        for k, cache in enumerate(self.caches[:count], 1):
+            cache.crop(known.shape[1])
+            cache.mask = slots_of_depth(k, known)
+        return torch.cat(drafts, 1), torch.cat(q, 1)
+
+    def run(self, i, hidden, tokens, mask):
+        """New rows of module i: hidden (B, T, D) with the embeddings of tokens (B, T) -> (B, T, D)."""
+        cache, main = self.caches[i], self.model.model
+        _, rope, pattern = main.context(hidden, mask, None, cache)
+        hidden = self.blocks[i](hidden, main.embed_tokens(tokens), rope, pattern, cache)  # (B, T, D)
+        cache.length += tokens.shape[1]
+        return hidden
+
+def decode(model, window, attention_mask, sampling, most_drafts, text):
+    """Lengthen `text` to its end: draft, verify all drafts in one pass, forget those that fell."""
+    cache = LatentCache(window.shape[1] + text.most)
+    drafter = Drafter(model, sampling, most_drafts, cache.capacity)
+    hidden = model.model(window, attention_mask, past_key_values=cache).last_hidden_state  # (B, T, D)
+    known = (torch.ones_like(window) if attention_mask is None else attention_mask).bool()  # (B, T)
+    last = last_real_token(hidden, None, attention_mask, None)  # (B)
+    newest = hidden[torch.arange(len(last), device=last.device), last].unsqueeze(1)
+    p = sampling.distribution(model.lm_head(newest))
+    drafts, q = none = window[:, :0], p[:, :0]
+    while True:
+        accepted, token = sampling.accept(drafts, q, p)
+        text.add(drafts, accepted, token)
+        if all(text.finished):
+            return
+        if drafts.shape[1]:
+            # Rows that accept less than others keep holes in the cache. A step takes as many slots as
+            # its best row gains tokens: in all at most min(B, drafts + 1) for each token of a row.
+            last = accepted.masked_fill(torch.tensor(text.finished, device=last.device), 0)  # (B)
+            stands = torch.arange(int(last.max()) + 1, device=last.device) <= last.unsqueeze(1)
+            known = torch.cat([known, stands], 1)  # (B, S)
+            cache.crop(known.shape[1])
+            cache.mask = slots_of_depth(1, known)
+            window, hidden = window[:, : stands.shape[1]], hidden[:, : stands.shape[1]]
+        count = min(most_drafts, text.most - 1 - min(map(len, text.rows)))
+        drafts, q = drafter.draft(window, hidden, known, last, token, count) if count else none
+        window = torch.cat([token.unsqueeze(1), drafts], 1)
+        hidden = model.model(window, past_key_values=cache).last_hidden_state
+        p = sampling.distribution(model.lm_head(hidden))  # (B, T, vocab)
+
 @torch.no_grad()
 def generate(
     model, input_ids, attention_mask=None, max_new_tokens=64, do_sample=False, temperature=1.0,
-    top_k=0, top_p=1.0, min_p=0.0, eos_token_id=None, generator=None, streamer=None,
+    top_k=0, top_p=1.0, min_p=0.0, eos_token_id=None, use_mtp=False, num_draft_tokens=None,
+    generator=None, streamer=None, statistics=None,
 ):  # fmt: skip
     """Continue input_ids (B, T) by up to max_new_tokens -> (B, T + new), padded behind a row's end.
 
     eos_token_id: an id or a list, None for the config's, -1 never stops. Prompts may be padded on
-    either side if attention_mask (B, T) says where. streamer(token_ids (B)) is called for each step.
+    either side if attention_mask (B, T) says where. streamer(token_ids (B)) is called for each column.
+    use_mtp drafts num_draft_tokens a step, by default one a module: the same tokens, or when sampling
+    the same distribution, in fewer steps; a list `statistics` gains (drafted, accepted) of each.
     """
     sampling = Sampling(do_sample, temperature, top_k, top_p, min_p, generator)
     check_inputs(input_ids, None, model.config.vocab_size)
     if input_ids.shape[1] == 0 or max_new_tokens < 0:
         raise ValueError(f"a prompt of {input_ids.shape[1]} tokens, {max_new_tokens=}: too few")
-    stops = torch.tensor(stop_ids(model.config, eos_token_id), device=input_ids.device)
-    pad = model.config.pad_token_id
-    pad = pad if pad is not None else int(stops[0]) if len(stops) else 0
-    cache = LatentCache(input_ids.shape[1] + max_new_tokens)
-    finished = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)  # (B)
-    tokens, new, rows = [input_ids], input_ids, torch.arange(len(input_ids))
+    if use_mtp and not model.mtp_blocks:
+        hint = "train one with num_nextn_predict_layers=1, or load a checkpoint that has them"
+        raise ValueError(f"use_mtp=True, but the model has no MTP modules: {hint}")
+    if num_draft_tokens is not None and (num_draft_tokens < 1 or not use_mtp):
+        raise ValueError(f"{num_draft_tokens=}, {use_mtp=}: must be 1 or more, and with use_mtp=True")
+    most_drafts = (num_draft_tokens or len(model.mtp_blocks)) if use_mtp else 0
+    statistics = [] if statistics is None else statistics
+    rows, config = len(input_ids), model.config
+    text = Continuation(config, rows, max_new_tokens, eos_token_id, streamer, statistics)
     was_training = model.training
     model.eval()
     try:
-        for _ in range(max_new_tokens):
-            hidden = model.model(new, attention_mask, past_key_values=cache).last_hidden_state
-            last = last_real_token(hidden, None, attention_mask, None)  # (B)
-            logits = model.lm_head(hidden[rows, last])  # (B, vocab)
-            token = sampling.draw(sampling.distribution(logits)).masked_fill(finished, pad)  # (B)
-            new, attention_mask = token.unsqueeze(1), None  # the cache remembers the prompt's mask
-            tokens.append(new)
-            if streamer is not None:
-                streamer(token)
-            finished = finished | torch.isin(token, stops)
-            if len(stops) and finished.all():
-                break
+        decode(model, input_ids, attention_mask, sampling, most_drafts, text)
     finally:
         model.train(was_training)
-    return torch.cat(tokens, 1)
+    return torch.cat([input_ids, *(column.unsqueeze(1) for column in text.columns)], 1)
 
 DeepseekV3ForCausalLM.generate = generate
 
@@ -1726,11 +1854,22 @@ def generate_command(options):
     """Continue a prompt with the model of a folder."""
     model = DeepseekV3ForCausalLM.from_pretrained(options.directory)
     tokenizer = Tokenizer.from_file(str(Path(options.directory) / "tokenizer.json"))
+    steps, draft = [], {"use_mtp": options.mtp, "num_draft_tokens": options.draft_tokens}
     how = options.max_new_tokens, options.temperature, options.seed
-    stream_text(model, tokenizer, options.prompt, *how)
+    stream_text(model, tokenizer, options.prompt, *how, statistics=steps, **draft)
     print()
+    if steps:
+        print(draft_report(steps), file=sys.stderr)
 
-def stream_text(model, tokenizer, prompt, max_new_tokens, temperature, seed):
+def draft_report(steps):
+    """What generate's `statistics` say: tokens a step, acceptance by position in the draft."""
+    tokens_a_step = 1 + sum(accepted for _, accepted in steps) / len(steps)
+    positions = range(max(drafted for drafted, _ in steps))
+    asked = [[accepted > i for drafted, accepted in steps if drafted > i] for i in positions]
+    parts = ", ".join(f"{sum(stood) / len(stood):.0%}" for stood in asked)
+    return f"{tokens_a_step:.2f} tokens a step; drafts accepted by position: {parts}"
+
+def stream_text(model, tokenizer, prompt, max_new_tokens, temperature, seed, **drafting):
     """Print the prompt and, as it comes, its continuation; whole characters only."""
     ids = [tokenizer.token_to_id(BOS), *tokenizer.encode(prompt, add_special_tokens=False).ids]
     stream = DecodeStream(skip_special_tokens=True)
@@ -1746,6 +1885,7 @@ def stream_text(model, tokenizer, prompt, max_new_tokens, temperature, seed):
         temperature=temperature or 1.0,
         generator=torch.Generator(model.device).manual_seed(seed),
         streamer=show,
+        **drafting,
     )
 
 def parser():
@@ -1781,6 +1921,8 @@ def parser():
     run.add_argument("--max-new-tokens", type=int, default=200)
     run.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token")
     run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--mtp", action="store_true", help="draft with the MTP modules: fewer steps")
+    run.add_argument("--draft-tokens", type=int, help="drafted a step (default: one an MTP module)")
     return main
 
 def main(arguments=None):

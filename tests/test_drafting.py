@@ -1,0 +1,467 @@
+# SPDX-License-Identifier: MIT
+"""Drafting with MTP modules changes nothing but the number of steps.
+
+Greedy tokens are those of decoding without a cache at all; sampled tokens have the main model's
+joint distribution, in a test that fails for each usual shortcut (they are made, by changing the
+source); at every step what the caches hold is what a fresh pass over the accepted tokens makes.
+"""
+
+import importlib.util
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import build, pad, tokens
+
+import deepseek_v3
+from deepseek_v3 import MLA, Continuation, Drafter
+
+SOURCE = Path(deepseek_v3.__file__).read_text(encoding="utf-8")
+LENGTHS = (1, 7, 3, 5)  # of the prompts in a batch
+NEW = 20
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # such small products only wait for one another's threads
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A model of 3 MTP modules that has learnt a little: drafts are accepted, but not all."""
+    model = build(num_nextn_predict_layers=3, initializer_range=0.06, num_hidden_layers=2)
+    optimizer = torch.optim.AdamW(model.train().parameters(), 5e-3)
+    random = torch.Generator().manual_seed(0)
+    following = torch.randint(61, (61, 2), generator=random)
+    for _ in range(90):
+        ids = walks(following, 16, 24, random)
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.update_router_bias(0.01)
+    return model.eval()
+
+
+def walks(following, B, T, random):
+    """Rows in which either of two tokens follows each, mostly the first of them."""
+    ids = [torch.randint(61, (B,), generator=random)]
+    for _ in range(T - 1):
+        choice = (torch.rand(B, generator=random) > 0.6).long()
+        ids.append(following[ids[-1], choice])
+    return torch.stack(ids, 1)
+
+
+def prompts(side):
+    """Ids and mask of four padded prompts, or of one alone."""
+    lengths = LENGTHS if side != "one row" else (5,)
+    return pad([tokens(1, n, seed=n)[0] for n in lengths], side)
+
+
+def without_cache(model, row, new, stops=()):
+    """Greedy decoding as it is defined: a pass over everything for each token."""
+    with torch.no_grad():
+        for _ in range(new):
+            row = torch.cat([row, model(row[None]).logits[0, -1:].argmax(-1)])
+            if int(row[-1]) in stops:
+                break
+    return row
+
+
+def expected(model, ids, mask, new, stops=()):
+    """The result of generate for padded prompts, row by row without a cache."""
+    rows = [without_cache(model, row[real.bool()], new, stops) for row, real in zip(ids, mask, strict=True)]
+    gained = [row[int(real.sum()) :] for row, real in zip(rows, mask, strict=True)]
+    out = torch.full((len(ids), max(map(len, gained))), stops[0] if stops else 0)
+    for i, row in enumerate(gained):
+        out[i, : len(row)] = row
+    return torch.cat([ids, out], 1)
+
+
+# ---- Greedy ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["left", "right", "one row"])
+@pytest.mark.parametrize("modules, layers", [(1, 1), (1, 4), (2, 1), (2, 4), (3, 1), (3, 4)])
+def test_greedy_tokens_of_random_weights(modules, layers, side):
+    model = build(num_hidden_layers=layers, num_nextn_predict_layers=modules)
+    ids, mask = prompts(side)
+    stops = [7, 8, 9]
+    right = expected(model, ids, mask, NEW, stops)
+    for K in (1, 2, 4, 6):
+        draft = dict(use_mtp=True, num_draft_tokens=K, eos_token_id=stops, max_new_tokens=NEW)
+        assert torch.equal(model.generate(ids, mask, **draft), right), K
+
+
+@pytest.mark.parametrize("side", ["left", "right", "one row"])
+@pytest.mark.parametrize("K", [1, 2, 3, 4, 6])
+def test_greedy_tokens_of_trained_weights(trained, K, side):
+    ids, mask = prompts(side)
+    right = expected(trained, ids, mask, NEW)
+    steps = []
+    draft = dict(use_mtp=True, num_draft_tokens=K, eos_token_id=-1, statistics=steps)
+    assert torch.equal(trained.generate(ids, mask, max_new_tokens=NEW, **draft), right)
+    accepted = [n for _, n in steps]
+    assert sum(accepted) / len(accepted) > 0.25 and min(accepted) < K, "or this test sees nothing"
+    assert max(accepted) == min(K, 3) if K <= 3 else max(accepted) > 3
+
+
+@pytest.mark.parametrize("K", [1, 3, 6])
+def test_the_end_of_a_text_inside_a_draft(trained, K):
+    """Each token of each row in turn ends the text: some do so behind accepted drafts."""
+    ids, mask = prompts("left")
+    inside = 0
+    for stop in expected(trained, ids, mask, 6)[:, -5:].flatten().unique()[:7].tolist():
+        steps = []
+        draft = dict(use_mtp=True, num_draft_tokens=K, eos_token_id=stop, statistics=steps)
+        out = trained.generate(ids, mask, max_new_tokens=12, **draft)
+        assert torch.equal(out, expected(trained, ids, mask, 12, [stop]))
+        gained = (out[:, ids.shape[1] :] != stop).sum() + (out == stop).any(-1).sum()
+        inside += sum(n + 1 for _, n in steps) + len(ids) - int(gained) > 0
+    assert inside, "no text ended before the last accepted draft"
+
+
+@pytest.mark.parametrize("K", [1, 4])
+@pytest.mark.parametrize("new", [0, 1, 2, 3, 7])
+def test_exactly_as_many_tokens_as_asked(trained, new, K):
+    ids, mask = prompts("right")
+    draft = dict(use_mtp=True, num_draft_tokens=K, eos_token_id=-1)
+    out = trained.generate(ids, mask, max_new_tokens=new, **draft)
+    assert out.shape == (len(ids), ids.shape[1] + new)
+    assert torch.equal(out, trained.generate(ids, mask, max_new_tokens=new, eos_token_id=-1))
+
+
+def test_greedy_draws_no_random_number(trained):
+    random = torch.Generator().manual_seed(5)
+    before = random.get_state()
+    trained.generate(prompts("left")[0], max_new_tokens=8, use_mtp=True, generator=random)
+    assert torch.equal(random.get_state(), before)
+
+
+def test_the_mask_given_is_left_alone(trained):
+    ids, mask = prompts("right")
+    given = mask.bool()
+    trained.generate(ids, given, max_new_tokens=8, use_mtp=True)
+    assert torch.equal(given, mask.bool())
+
+
+# ---- Caches ---------------------------------------------------------------------------------------
+
+
+def fresh_drafts(model, known, drafts):
+    """Logits of each draft behind known tokens (n + 1), without any cache, from the definition."""
+    main, blocks, D = model.model, model.mtp_blocks, len(model.mtp_blocks)
+    text = torch.cat([known, drafts])
+    above = main(known[None, :-1]).last_hidden_state
+    hidden, logits = above, []
+    for i in range(len(drafts)):
+        above = hidden if i < D else torch.cat([above, hidden[:, -1:]], 1)
+        _, rope, pattern = main.context(above, None, None, None)
+        first = min(i, D - 1) + 1
+        embeds = main.embed_tokens(text[None, first : first + above.shape[1]])
+        hidden = blocks[min(i, D - 1)](above, embeds, rope, pattern)
+        logits.append(model.lm_head(hidden[0, -1]))
+    return torch.stack(logits)
+
+
+def fresh_latents(model, known):
+    """What each depth's cache should hold of known tokens (n + 1): one (rows, C + R) a module."""
+    main, hidden, latents = model.model, model.model(known[None, :-1]).last_hidden_state, []
+    for k, block in enumerate(model.mtp_blocks, 1):
+        cache = deepseek_v3.LatentCache()
+        hidden = hidden[:, : max(len(known) - k, 0)]
+        if not hidden.shape[1]:
+            return latents + [torch.zeros(0)] * (len(model.mtp_blocks) - len(latents))
+        _, rope, pattern = main.context(hidden, None, None, cache)
+        hidden = block(hidden, main.embed_tokens(known[None, k:]), rope, pattern, cache)
+        latents.append(cache.layers[block.self_attn.layer_idx][0, : hidden.shape[1]])
+    return latents
+
+
+@pytest.mark.parametrize("side", ["left", "right", "one row"])
+@pytest.mark.parametrize("modules, K", [(1, 1), (1, 4), (3, 2), (3, 3), (3, 6)])
+def test_caches_are_what_a_fresh_pass_makes(trained, modules, K, side, monkeypatch):
+    model = trained
+    if modules == 1:
+        model = build(num_nextn_predict_layers=1)
+        model.load_state_dict(trained.state_dict(), strict=False)
+    ids, mask = prompts(side)
+    calls, draft, ended, add = [], Drafter.draft, [], Continuation.add
+
+    def watch_ends(self, *gained):
+        add(self, *gained)
+        ended.append(list(self.finished))
+
+    def watch(self, window, hidden, known, last, token, count):
+        drafts, q = draft(self, window, hidden, known, last, token, count)
+        caches = []
+        for i, cache in enumerate(self.caches[:count]):
+            held = cache.layers[model.mtp_blocks[i].self_attn.layer_idx][:, : cache.length].clone()
+            real = torch.ones_like(held[..., 0]).bool() if cache.mask is None else cache.mask
+            caches.append((held, real))
+        calls.append((ended[-1], hidden, known, last, drafts, q, caches))
+        return drafts, q
+
+    monkeypatch.setattr(Drafter, "draft", watch)
+    monkeypatch.setattr(Continuation, "add", watch_ends)
+    sample = dict(do_sample=True, eos_token_id=-1, generator=torch.Generator().manual_seed(3))
+    draft_more = dict(use_mtp=True, num_draft_tokens=K, max_new_tokens=22)
+    out = model.generate(ids, mask, **sample, **draft_more)
+    assert len(calls) > 2
+    assert side == "one row" or any(not known[:, ids.shape[1] :].all() for _, _, known, *_ in calls)
+    for b in range(len(ids)):
+        text = torch.cat([ids[b, mask[b].bool()], out[b, ids.shape[1] :]])
+        for finished, hidden, known, last, drafts, q, caches in calls:
+            if finished[b]:
+                break
+            now = text[: int(known[b].sum()) + 1]  # and a last token that the caches do not hold
+            with torch.no_grad():
+                state = model.model(now[None, :-1]).last_hidden_state[0, -1]
+                logits, latents = fresh_drafts(model, now, drafts[b]), fresh_latents(model, now)
+            torch.testing.assert_close(hidden[b, last[b]], state, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(q[b], logits.softmax(-1), rtol=1e-3, atol=1e-5)
+            for (held, real), latent in zip(caches, latents, strict=False):
+                right = latent.reshape(-1, held.shape[-1])
+                torch.testing.assert_close(held[b, real[b]], right, rtol=1e-3, atol=1e-4)
+
+
+def test_holes_are_bounded_by_the_best_row(trained, monkeypatch):
+    """A step takes as many slots as its best row gains tokens."""
+    lengths, draft = [], Drafter.draft
+
+    def watch(self, window, hidden, known, *rest):
+        lengths.append(known.shape[1])
+        return draft(self, window, hidden, known, *rest)
+
+    monkeypatch.setattr(Drafter, "draft", watch)
+    ids, mask = prompts("left")
+    steps = []
+    draft_more = dict(use_mtp=True, num_draft_tokens=3, max_new_tokens=30, eos_token_id=-1)
+    trained.generate(ids, mask, statistics=steps, **draft_more)
+    assert lengths[-1] > ids.shape[1] + 30 - 4
+    assert lengths[-1] <= ids.shape[1] + sum(n + 1 for _, n in steps)
+
+
+def test_drafts_are_verified_in_the_latent_space(trained, monkeypatch):
+    calls, forward, absorb = [], MLA.forward, MLA.attend_absorbed
+    monkeypatch.setattr(MLA, "forward", lambda self, x, *a: calls.append(x.shape[1]) or forward(self, x, *a))
+    monkeypatch.setattr(MLA, "attend_absorbed", lambda self, *a: calls.append("absorbed") or absorb(self, *a))
+    trained.generate(tokens(1, 20), max_new_tokens=10, use_mtp=True, num_draft_tokens=2)
+    behind = [after for size, after in zip(calls, calls[1:], strict=False) if size == 3]
+    assert behind and set(behind) == {"absorbed"}
+
+
+# ---- Sampling -------------------------------------------------------------------------------------
+
+VOCAB, ROWS, DEEP = 11, 12000, 3
+FILTERS = {
+    "temperature": dict(temperature=0.8),
+    "top-k": dict(top_k=5, temperature=1.2),
+    "top-p": dict(top_p=0.95, temperature=1.3),
+    "min-p": dict(min_p=0.2, temperature=1.1),
+    "all": dict(top_k=7, top_p=0.9, min_p=0.1, temperature=1.3),
+}
+
+
+def small(module=deepseek_v3, modules=1):
+    """A model of 11 tokens whose MTP modules disagree with it, but not wholly."""
+    sizes = dict(vocab_size=VOCAB, num_hidden_layers=1, num_nextn_predict_layers=modules)
+    model = build(seed=2, initializer_range=0.3, **sizes)
+    if module is deepseek_v3:
+        return model
+    changed = module.DeepseekV3ForCausalLM(module.DeepseekV3Config(**vars(model.config)))
+    changed.load_state_dict(model.state_dict())
+    return changed.eval()
+
+
+def exact_joint(model, prompt, filters):
+    """P of each continuation by DEEP tokens, (VOCAB ** DEEP), filters written out anew."""
+    joint, ends = torch.ones(1, dtype=torch.float64), prompt[None]
+    for _ in range(DEEP):
+        with torch.no_grad():
+            logits = model(ends).logits[:, -1].double()
+        step = torch.stack([filtered(row, **filters) for row in logits])
+        joint = (joint[:, None] * step).flatten()
+        following = torch.arange(VOCAB).repeat(len(ends))[:, None]
+        ends = torch.cat([ends.repeat_interleave(VOCAB, 0), following], 1)
+    return joint
+
+
+def filtered(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """One distribution after the filters, token by token from the likeliest on."""
+    p = (logits / temperature).softmax(-1)
+    order = sorted(range(VOCAB), key=lambda i: -p[i])[: top_k or VOCAB]
+    total = sum(float(p[i]) for i in order)
+    kept, before = torch.zeros_like(p), 0.0
+    for i in order:
+        share = float(p[i]) / total
+        if before < top_p and share >= min_p * float(p[order[0]]) / total:
+            kept[i] = share
+        before += share
+    return kept / kept.sum()
+
+
+def surprise(model, filters, K, rows=ROWS, prompt=(3, 1, 4)):
+    """Chi-square of sampled continuations in standard deviations above its mean; inf if impossible."""
+    prompt = torch.tensor(prompt)
+    ids = prompt.expand(rows, -1)
+    sample = dict(do_sample=True, eos_token_id=-1, generator=torch.Generator().manual_seed(K))
+    draft = dict(use_mtp=True, num_draft_tokens=K, max_new_tokens=DEEP)
+    new = model.generate(ids, **sample, **draft, **filters)[:, len(prompt) :]
+    cell = (new * VOCAB ** torch.arange(DEEP - 1, -1, -1)).sum(-1)
+    seen = torch.bincount(cell, minlength=VOCAB**DEEP).double()
+    right = exact_joint(model, prompt, filters) * rows
+    if seen[right == 0].any():
+        return math.inf
+    common = right >= 5
+    seen = torch.cat([seen[common], seen[~common].sum()[None]])
+    right = torch.cat([right[common], right[~common].sum()[None]])
+    seen, right = seen[right > 0], right[right > 0]
+    assert len(right) >= 10
+    freedom = len(right) - 1
+    return float(((seen - right) ** 2 / right).sum() - freedom) / math.sqrt(2 * freedom)
+
+
+LIMIT = 4.0  # standard deviations; one test in thousands of right ones is above
+
+
+@pytest.mark.parametrize("name", FILTERS)
+@pytest.mark.parametrize("modules, K", [(1, 1), (1, 2), (2, 2)])
+def test_sampled_tokens_have_the_main_models_joint_distribution(name, modules, K):
+    assert surprise(small(modules=modules), FILTERS[name], K) < LIMIT
+
+
+MUTATIONS = {
+    "every draft is accepted": ("(chance * q_x < p_x)", "(chance * q_x <= q_x)"),
+    "the residual is p": ("(p_next - q_next).clamp(min=0)", "p_next"),
+    "the residual is |p - q|": ("(p_next - q_next).clamp(min=0)", "(p_next - q_next).abs()"),
+    "accepted where p beats q": ("(chance * q_x < p_x)", "(q_x <= p_x)"),
+    "accepted with probability p": ("(chance * q_x < p_x)", "(chance < p_x)"),
+    "the likeliest token is drafted": (
+        "drafts.append(self.sampling.draw(q[-1].squeeze(1)).unsqueeze(1))",
+        "drafts.append(q[-1].argmax(-1))",
+    ),
+    "drafts are drawn without filters": (
+        "drafts.append(self.sampling.draw(q[-1].squeeze(1)).unsqueeze(1))",
+        "drafts.append(self.sampling.draw(self.model.lm_head(newest)[:, 0].softmax(-1)).unsqueeze(1))",
+    ),
+    "p alone is filtered, q is not what was drawn from": (
+        "return torch.cat(drafts, 1), torch.cat(q, 1)",
+        "return torch.cat(drafts, 1), torch.cat(q, 1).add(1 / 11).div(2)",
+    ),
+    "p is not filtered": (
+        "p = sampling.distribution(model.lm_head(hidden))  #",
+        "p = model.lm_head(hidden).softmax(-1)  #",
+    ),
+}
+
+
+def changed_module(old, new, path):
+    """deepseek_v3 with one piece of its source replaced."""
+    assert SOURCE.count(old) == 1, f"{SOURCE.count(old)} times in the source: {old}"
+    path.write_text(SOURCE.replace(old, new), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look themselves up there
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules[path.stem]
+    return module
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_each_shortcut_is_noticed(name, tmp_path):
+    module = changed_module(*MUTATIONS[name], tmp_path / "shortcut.py")
+    assert surprise(small(module), FILTERS["all"], 1) > 2 * LIMIT
+
+
+def test_the_residual_may_be_empty():
+    """p a rounding below q at the draft and equal elsewhere: refused, and nothing left to draw."""
+    sampling = deepseek_v3.Sampling(do_sample=True, generator=torch.Generator().manual_seed(0))
+    q = torch.tensor([[[0.5, 0.5]]])
+    p = torch.tensor([[[0.0, 0.5], [0.0, 1.0]]])
+    accepted, token = sampling.accept(torch.tensor([[0]]), q, p)
+    assert (int(accepted), int(token)) == (0, 1)
+
+
+def test_the_same_seed_gives_the_same_text(trained):
+    ids, mask = prompts("left")
+    draft = dict(do_sample=True, use_mtp=True, num_draft_tokens=4, max_new_tokens=20)
+    runs = [
+        trained.generate(ids, mask, generator=torch.Generator().manual_seed(s), **draft) for s in (1, 1, 2)
+    ]
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+
+
+# ---- Streaming, statistics, errors ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["left", "one row"])
+@pytest.mark.parametrize("use_mtp", [False, True])
+def test_columns_are_streamed_in_order(trained, use_mtp, side):
+    ids, mask = prompts(side)
+    seen = []
+    stop = int(expected(trained, ids, mask, 6)[0, -1])
+    draft = dict(use_mtp=use_mtp, eos_token_id=stop, streamer=seen.append)
+    out = trained.generate(ids, mask, max_new_tokens=NEW, **draft)
+    assert all(column.shape == (len(ids),) for column in seen)
+    assert torch.equal(torch.stack(seen, 1), out[:, ids.shape[1] :])
+
+
+def test_a_single_row_streams_each_token_once_it_is_accepted(trained, monkeypatch):
+    events, draft = [], Drafter.draft
+    steps = []
+    monkeypatch.setattr(Drafter, "draft", lambda *a: events.append("draft") or draft(*a))
+    more = dict(use_mtp=True, num_draft_tokens=3, max_new_tokens=20, eos_token_id=-1)
+    trained.generate(tokens(1, 5), streamer=lambda t: events.append("token"), statistics=steps, **more)
+    assert events[:2] == ["token", "draft"]
+    gained = [len(part.split()) for part in " ".join(events).split("draft")[1:]]
+    assert gained[: len(steps)] == [n + 1 for _, n in steps][: len(gained) - 1] + gained[-1:]
+
+
+def test_statistics_are_counted_by_row_and_step(trained):
+    ids, mask = prompts("left")
+    steps = []
+    draft = dict(use_mtp=True, num_draft_tokens=4, max_new_tokens=40, eos_token_id=-1)
+    trained.generate(ids, mask, statistics=steps, **draft)
+    assert all(0 <= accepted <= drafted <= 4 for drafted, accepted in steps)
+    gained = sum(accepted + 1 for _, accepted in steps)
+    # All but a row's first token, its last if that was not drafted for, and what stood past the end.
+    assert 39 * len(ids) - len(ids) <= gained <= 39 * len(ids) + 4 * len(ids)
+
+
+@pytest.mark.parametrize(
+    "given, hint",
+    [
+        (dict(use_mtp=True, num_draft_tokens=0), "num_draft_tokens=0"),
+        (dict(use_mtp=True, num_draft_tokens=-1), "num_draft_tokens=-1"),
+        (dict(num_draft_tokens=2), "use_mtp=True"),
+    ],
+)
+def test_arguments_that_cannot_work_are_named(trained, given, hint):
+    with pytest.raises(ValueError, match=hint):
+        trained.generate(tokens(1, 4), **given)
+
+
+def test_without_mtp_modules_the_error_says_how_to_get_them():
+    model = build(num_nextn_predict_layers=0)
+    with pytest.raises(ValueError, match="num_nextn_predict_layers=1.*checkpoint"):
+        model.generate(tokens(1, 4), use_mtp=True)
+    assert model.generate(tokens(1, 4), max_new_tokens=2, eos_token_id=-1).shape == (1, 6)
+
+
+def test_bfloat16_drafts(trained):
+    model = build(num_nextn_predict_layers=1).to(torch.bfloat16)
+    out = model.generate(tokens(2, 6), max_new_tokens=9, use_mtp=True, num_draft_tokens=2, eos_token_id=-1)
+    assert out.shape == (2, 15)
+
+
+def test_a_training_model_trains_on(trained):
+    model = build().train()
+    model.generate(tokens(1, 4), max_new_tokens=3, use_mtp=True)
+    assert model.training and all(m.training for m in model.modules())
