@@ -1185,6 +1185,10 @@ def quantise(weight):
     scaled = weight.detach().float() / spread(scale, weight.shape)
     return scaled.clamp(-448, 448).to(FP8), scale
 
+def released_in_fp8(name, tensor):
+    """Whether the release has a weight in FP8: the matrices of attention and feed-forward."""
+    return tensor.ndim > 1 and "_proj" in name and "eh_proj" not in name
+
 def holds_fp8(model):
     return any(parameter.dtype == FP8 for parameter in model.parameters())
 
@@ -1307,8 +1311,8 @@ def released_names(model, depth=None):
         if depth and parts[1] == "layers" and int(parts[2]) >= kept:
             parts[2] = str(int(parts[2]) + depth - kept)  # an MTP module
         if not name.endswith(SCALE):
-            head, leaf, experts = ".".join(parts[:-1]), parts[-1], range(len(tensor))
-            stack = [f"{head}.{e}.{leaf}.weight" for e in experts if tensor.ndim == 3]
+            head, leaf, experts = ".".join(parts[:-1]), parts[-1], len(tensor) if tensor.ndim == 3 else 0
+            stack = [f"{head}.{e}.{leaf}.weight" for e in range(experts)]
             names[name] = stack or [f"{head}.{leaf}"]
     return names
 
@@ -1348,6 +1352,7 @@ def load_pretrained(
         model = cls(config)
     sources = released_names(model, whole.num_hidden_layers)
     check_coverage(model, stored, sources, whole)
+    check_copies(stored, mtp_copies(model, whole.num_hidden_layers))
     kinds = {name: held_kind(model, name, stored, sources[name][0], dtype) for name in sources}
     sizes = {name: held_bytes(find_tensor(model, name), kind) for name, kind in kinds.items()}
     devices = assign_devices(model, sizes, device_map, max_memory)
@@ -1391,8 +1396,7 @@ def check_coverage(model, stored, sources, whole):
             warnings.warn(f"{name}: not in the checkpoint, newly initialised", stacklevel=3)
         else:
             wanted |= dict.fromkeys(pieces, tuple(find_tensor(model, name).shape[-2:]))
-    copies = {name: of for name, of in mtp_copies(model, depth).items() if name in stored.files}
-    wanted |= {name: wanted[of] for name, of in copies.items()}
+    wanted |= {n: wanted[of] for n, of in mtp_copies(model, depth).items() if n in stored.files}
     wrong = [problem for name, shape in wanted.items() for problem in problems(stored, name, shape)]
     scales = {n + SCALE for n in wanted if n in stored.files and stored.find(n).dtype == FP8}
     first = depth + len(getattr(model, "mtp_blocks", ()))
@@ -1403,12 +1407,15 @@ def check_coverage(model, stored, sources, whole):
     for name in (*(stored.files.keys() - wanted.keys() - scales), *stored.strays()):
         if not name.startswith(skipped) and not name.endswith("rotary_emb.inv_freq"):
             wrong.append(f"{name}: unexpected")
-    for name, of in copies.items() if not wrong else ():
-        if not torch.equal(stored.read(name).view(torch.uint8), stored.read(of).view(torch.uint8)):
-            wrong.append(f"{name}: differs from {of}, of which it must be a copy")
     if wrong:
         more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         raise ValueError(f"{stored.directory}: {'; '.join(sorted(wrong)[:10])}{more}")
+
+def check_copies(stored, copies):
+    """ValueError for a repeated embedding or head that is not the model's own, which alone is kept."""
+    for name, of in copies.items():
+        if name in stored.files and not torch.equal(*(stored.read(n).view(torch.uint8) for n in (name, of))):
+            raise ValueError(f"{name}: differs from {of}, of which it must be a copy")
 
 def problems(stored, name, shape):
     """What is wrong with a stored tensor, or with the scales that it needs: a list of messages."""
@@ -1517,22 +1524,27 @@ def parse_device(device):
     return device
 
 def automatic_map(model, sizes, max_memory, balanced):
-    """A device map by bytes, each layer with its cache of one text of full length."""
-    config, units = model.config, {}
-    for name, size in sizes.items():
-        units[unit_of(name)] = units.get(unit_of(name), 0) + size
-    cache = 2 * config.max_position_embeddings * (config.kv_lora_rank + config.qk_rope_head_dim)
-    units = {unit: size + cache * ("layers." in unit) for unit, size in units.items()}
+    """A device map by bytes, over max_memory or what is there."""
     if max_memory is None:
         room = {i: torch.cuda.mem_get_info(i)[0] * 9 // 10 for i in range(torch.cuda.device_count())}
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 8 // 10
         room |= {"cpu": memory, "disk": math.inf}
     else:
         room = {device: parse_size("max_memory", size) for device, size in max_memory.items()}
-    # Dequantising a matrix takes 10 bytes a number for a moment: it and its scales in float32, the result.
-    matrices = [find_tensor(model, name).shape[-2:].numel() for name in sizes if "_proj" in name]
-    room = {d: size - 10 * max(matrices) * (d != "disk") for d, size in room.items()}
-    return plan_devices(units, room, balanced)
+    units, work = unit_sizes(model, sizes)
+    return plan_devices(units, {d: n - work * (d != "disk") for d, n in room.items()}, balanced)
+
+def unit_sizes(model, sizes):
+    """Bytes of each unit, a layer's with a cache of full length, and what dequantising takes beside."""
+    cache = 2 * (model.config.kv_lora_rank + model.config.qk_rope_head_dim)
+    units, matrices = {}, [0]
+    for name, size in sizes.items():
+        unit, tensor = unit_of(name), find_tensor(model, name)
+        full_cache = cache * model.config.max_position_embeddings * ("layers." in unit)
+        units[unit] = units.get(unit, full_cache) + size
+        matrices += [tensor.shape[-2:].numel()] * released_in_fp8(name, tensor)
+    # Weight and scales of one matrix in float32, and the result: 10 bytes a number for a moment.
+    return units, 10 * max(matrices)
 
 def plan_devices(sizes, room, balanced=True):
     """{path: device} from {path: bytes} and {device: bytes}, in order; the CPU and the disk come last.
@@ -1561,22 +1573,19 @@ def plan_devices(sizes, room, balanced=True):
     return plan
 
 def stored_tensors(model, quantize):
-    """Each (name, tensor) as a checkpoint holds it, experts apart and MTP copies repeated."""
+    """Each (name, tensor) as a checkpoint holds it: experts apart, scales, MTP's copies."""
     copies = mtp_copies(model)
     for name, pieces in released_names(model).items():
         module, leaf = owner(model, name)
-        tensor, scale = getattr(module, leaf).detach(), getattr(module, leaf + SCALE, None)
-        stack = tensor.ndim == 3
-        fp8 = quantize is not None and tensor.dtype != FP8 and "_proj" in name and "eh_proj" not in name
+        weight, scale = getattr(module, leaf).detach(), getattr(module, leaf + SCALE, None)
+        to_fp8 = quantize is not None and scale is None and released_in_fp8(name, weight)
         for e, piece in enumerate(pieces):
-            parts = tensor[e] if stack else tensor, scale if scale is None else scale[e] if stack else scale
-            parts = quantise(parts[0]) if fp8 and parts[0].ndim == 2 else parts
-            for suffix, part in zip(("", SCALE), parts, strict=True):
-                if part is not None:
-                    yield piece + suffix, part.detach().contiguous()
-        for copy, of in copies.items():
-            if of in pieces:
-                yield copy, tensor.clone()
+            parts = [part[e] if part is not None and weight.ndim == 3 else part for part in (weight, scale)]
+            parts = quantise(parts[0]) if to_fp8 else parts
+            yield piece, parts[0].contiguous()
+            if parts[1] is not None:
+                yield piece + SCALE, parts[1].detach().contiguous()
+        yield from ((copy, weight.clone()) for copy, of in copies.items() if of in pieces)
 
 def in_shards(tensors, limit):
     """Dicts of tensors, of at most `limit` bytes or of one tensor."""
@@ -1898,17 +1907,46 @@ def train_command(options):
     print(f"\nNext: python deepseek_v3.py generate {options.out} {json.dumps(prompt)}")
 
 def generate_command(options):
-    """Continue a prompt with the model of a folder."""
-    model = DeepseekV3ForCausalLM.from_pretrained(options.directory)
+    """Continue a prompt, or answer it, with the model of a folder."""
+    prompt = chat_prompt(options.directory, options.prompt) if options.chat else options.prompt
+    model = DeepseekV3ForCausalLM.from_pretrained(options.directory, device_map="auto")
     tokenizer = Tokenizer.from_file(str(Path(options.directory) / "tokenizer.json"))
-    stream_text(model, tokenizer, options.prompt, options.max_new_tokens, options.temperature, options.seed)
+    how = options.max_new_tokens, options.temperature, options.seed
+    stream_text(model, tokenizer, prompt, *how, echo=not options.chat)
     print()
 
-def stream_text(model, tokenizer, prompt, max_new_tokens, temperature, seed):
+def chat_prompt(directory, text):
+    """The text of a user as the folder's own chat template puts it to the model."""
+    try:
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        raise ValueError("--chat needs jinja2: pip install jinja2") from None
+    file, settings = Path(directory) / "chat_template.jinja", {}
+    if (Path(directory) / "tokenizer_config.json").is_file():
+        settings = read_json(directory, "tokenizer_config.json")
+    template = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = {each.get("name"): each.get("template") for each in template}.get("default")
+    if not isinstance(template, str):
+        raise ValueError(f"{directory}: no chat template in tokenizer_config.json: leave out --chat")
+    names = {name: settings.get(name) or "" for name in ("bos_token", "eos_token")}
+    names = {n: token["content"] if isinstance(token, dict) else token for n, token in names.items()}
+    messages = [{"role": "user", "content": text}]
+    try:
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        chat = environment.from_string(template)
+        return chat.render(messages=messages, add_generation_prompt=True, **names)
+    except TemplateError as error:
+        raise ValueError(f"{directory}: its chat template fails ({error})") from None
+
+def stream_text(model, tokenizer, prompt, max_new_tokens, temperature, seed, echo=True):
     """Print the prompt and, as it comes, its continuation; whole characters only."""
-    ids = [tokenizer.token_to_id(BOS), *tokenizer.encode(prompt, add_special_tokens=False).ids]
-    stream, new = DecodeStream(skip_special_tokens=True), []
-    print(prompt, end="", flush=True)
+    ids, bos = tokenizer.encode(prompt, add_special_tokens=False).ids, model.config.bos_token_id
+    if bos is not None and ids[:1] != [bos]:  # a chat template may have begun the sentence
+        ids = [bos, *ids]
+    stream = DecodeStream(skip_special_tokens=True)
+    print(prompt * echo, end="", flush=True)
     model.generate(
         torch.tensor([ids], device=model.device),
         max_new_tokens=max_new_tokens,
@@ -1917,6 +1955,86 @@ def stream_text(model, tokenizer, prompt, max_new_tokens, temperature, seed):
         generator=torch.Generator(model.device).manual_seed(seed),
         streamer=lambda token: print(stream.step(tokenizer, int(token[0])) or "", end="", flush=True),
     )
+
+def info_command(options):
+    """Parameters, bytes and FLOPs of a config.json or a folder, and its split over GPUs."""
+    path = Path(options.path)
+    folder, file = (path, "config.json") if path.is_dir() else (path.parent, path.name)
+    config = DeepseekV3Config.from_pretrained(folder, file)
+    with torch.device("meta"):
+        model = DeepseekV3ForCausalLM(config)
+    stored = path.is_dir() and any((path / name).is_file() for name in (SINGLE, INDEX))
+    kinds = stored_kinds(model, Checkpoint(path)) if stored else assumed_kinds(model)
+    sizes = {name: held_bytes(find_tensor(model, name), kind) for name, kind in kinds.items()}
+    print_sizes(config, count_parameters(model), kinds, sizes, model)
+    if options.gpus:
+        print_split(model, sizes, options.gpus, options.gpu_memory)
+
+def stored_kinds(model, stored):
+    """{name: dtype} that a folder's tensors would be held in; ValueError if one is not as it must be."""
+    sources = released_names(model)
+    check_coverage(model, stored, sources, model.config)
+    return {name: held_kind(model, name, stored, pieces[0], None) for name, pieces in sources.items()}
+
+def assumed_kinds(model):
+    """{name: dtype} of a model without files: as released, in FP8 if its config says so."""
+    fp8, kinds = "quantization_config" in model.config.extra, {}
+    for name in released_names(model):
+        matrix = fp8 and released_in_fp8(name, find_tensor(model, name))
+        kinds[name] = torch.float32 if name.endswith("correction_bias") else FP8 if matrix else torch.bfloat16
+    return kinds
+
+def count_parameters(model):
+    """Parameters of the main model and of MTP: [all, those that a token visits] each."""
+    share = model.config.num_experts_per_tok / model.config.n_routed_experts
+    mtp = tuple(f"model.layers.{block.self_attn.layer_idx}." for block in model.mtp_blocks)
+    main, extra = [0, 0], [0, 0]
+    for name, parameter in model.named_parameters():
+        counts, visited = extra if name.startswith(mtp) else main, share if parameter.ndim == 3 else 1
+        counts[0] += parameter.numel()
+        counts[1] += round(parameter.numel() * visited)
+    return main, extra
+
+def print_sizes(config, counts, kinds, sizes, model):
+    """What the weights, the cache and training take."""
+    (total, active), (mtp_total, mtp_active) = counts
+    by_kind = dict.fromkeys((FP8, torch.bfloat16, torch.float32, torch.float64), 0)
+    for name, kind in kinds.items():
+        plain = find_tensor(model, name).numel() * kind.itemsize
+        by_kind[kind] += plain
+        by_kind[torch.float32] += sizes[name] - plain  # scales
+    labels = {dtype: label.removesuffix("_E4M3").replace("F8", "FP8") for label, dtype in KINDS.items()}
+    split = ", ".join(f"{labels[kind]} {size:,}" for kind, size in by_kind.items() if size)
+    L, T = config.num_hidden_layers, 4096
+    cache = 2 * L * (config.kv_lora_rank + config.qk_rope_head_dim)
+    widths = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+    flop = 6 * (active - config.vocab_size * config.hidden_size)
+    flop += 3 * L * config.num_attention_heads * widths * T  # causal: half of a square
+    context = config.max_position_embeddings
+    print(f"parameters  {total:,} total, {active:,} activated a token")
+    mtp_active += 2 * config.vocab_size * config.hidden_size * (mtp_total > 0)
+    print(f"MTP         {mtp_total:,} more, {mtp_active:,} activated with embedding and head")
+    print(f"weights     {sum(sizes.values()):,} bytes: {split}")
+    print(f"cache       {cache:,} bytes a token, {cache * context:,} at {context:,} tokens (BF16)")
+    print(f"training    {flop / 1e9:.2f} GFLOP a token at {T:,} tokens")
+
+def print_split(model, sizes, gpus, gib):
+    """Which layers each GPU would hold, with bars; or how many GPUs it would take."""
+    units, work = unit_sizes(model, sizes)
+    room = int(gib * 2**30) - work
+    if max(units.values()) > room:
+        least = (max(units.values()) + work) / 2**30
+        raise ValueError(f"--gpu-memory {gib:g}: must be {least:.1f} GiB or more, for one layer")
+    needed = 1 + max(plan_devices(units, dict.fromkeys(range(len(units)), room), False).values())
+    if needed > gpus:
+        print(f"{gpus} GPUs of {gib:g} GiB do not hold it: it takes {needed}")
+        return
+    plan = plan_devices(units, dict.fromkeys(range(gpus), room))
+    for gpu in range(gpus):
+        held = [unit for unit in units if plan[unit] == gpu] or ["nothing"]
+        used = sum(units.get(unit, 0) for unit in held) / 2**30
+        bar = "█" * round(30 * used / gib)
+        print(f"GPU {gpu:<3} {bar:░<30} {used:6.1f} GiB used, {gib - used:6.1f} free  {held[0]} … {held[-1]}")
 
 def parser():
     """The command line: one sub-command for each function above."""
@@ -1942,9 +2060,15 @@ def parser():
     run.set_defaults(run=generate_command)
     run.add_argument("directory", help="checkpoint folder")
     run.add_argument("prompt")
+    run.add_argument("--chat", action="store_true", help="put the prompt into the chat template, and answer")
     run.add_argument("--max-new-tokens", type=int, default=200)
     run.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token")
     run.add_argument("--seed", type=int, default=0)
+    info = commands.add_parser("info", help="parameters, bytes and FLOPs of a model")
+    info.set_defaults(run=info_command)
+    info.add_argument("path", help="checkpoint folder or config.json")
+    info.add_argument("--gpus", type=int, help="show how it would lie on so many GPUs")
+    info.add_argument("--gpu-memory", type=float, default=80, help="GiB of each")
     return main
 
 def main(arguments=None):
