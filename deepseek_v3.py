@@ -1514,12 +1514,14 @@ def assign_devices(model, sizes, device_map, max_memory):
     return devices
 
 def parse_device(device):
-    """A torch.device, or "disk"; ValueError if it does not exist."""
+    """A torch.device, or "disk"; ValueError if there is no such device."""
+    if device == "disk":
+        return device
     try:
-        device = device if device == "disk" else torch.device(device)
+        device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device_map: {device!r} is not a device ({error})") from None
-    if device != "disk" and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device_map: {device!r} is no device ({error})") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device_map: there is no {device}, only {torch.cuda.device_count()} GPUs")
     return device
 

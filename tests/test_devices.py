@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 import torch
 from checkpoints import ragged
-from helpers import V3, build, tokens
+from helpers import V3, build, tiny, tokens
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import deepseek_v3
@@ -97,7 +97,7 @@ def test_what_a_gpu_cannot_hold_goes_to_cpu_and_disk(room):
     used = loads(deepseek_v3.assign_devices(model, sizes, "auto", room), sizes)
     assert {str(device).replace("cuda:", "") for device in used} == {str(device) for device in room}
     for device, size in room.items():
-        held = used[torch.device(device) if device != "disk" else device]
+        held = used[deepseek_v3.parse_device(device)]
         assert held < deepseek_v3.parse_size("room", size)
 
 
@@ -217,7 +217,7 @@ def test_a_model_with_experts_on_disk_is_not_saved(tmp_path):
 
 
 def spread_over(model, places):
-    """Move parts of a model made of fake tensors to fake GPUs."""
+    """Move parts of a model made of fake tensors."""
     for path, device in places.items():
         for module in model.get_submodule(path).modules():
             for tensors in (module._parameters, module._buffers):
@@ -228,26 +228,25 @@ def spread_over(model, places):
     return model
 
 
-PLACES = {"model.embed_tokens": "cuda:0", "model.layers.0": "cuda:0", "model.layers.1": "cuda:1"}
-PLACES |= {"model.layers.2": "cpu", "model.layers.3": "cuda:2", "model.norm": "cuda:1", "lm_head": "cuda:3"}
+# In fake mode a tensor on "meta" may come back, and mixing the two devices is refused.
+PLACES = {"model.layers.1": "meta", "model.layers.3": "meta", "model.norm": "meta"}
 
 
-@pytest.mark.parametrize("mask", [None, "left"])
-def test_every_hop_is_made_and_the_answer_comes_home(mask):
+@pytest.mark.parametrize("places", [PLACES, PLACES | {"model.layers.2": "meta", "model.norm": "cpu", "lm_head": "meta"}])
+def test_every_hop_is_made_and_the_answer_comes_home(places):
     """Fake tensors refuse a product of two devices: a forgotten hop is an error here."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model = spread_over(DeepseekV3ForCausalLM(build().config).eval(), PLACES)
-        ids = torch.zeros(2, 6, dtype=torch.long, device="cuda:0")
-        keys = None if mask is None else torch.ones(2, 6, dtype=torch.long, device="cuda:0")
-        cache = LatentCache()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        model = spread_over(DeepseekV3ForCausalLM(tiny()).eval(), places)
+        embeds, cache = torch.zeros(2, 6, 32), LatentCache()
         # Routing depends on numbers, which fake tensors lack; experts have their own tests.
         for block in model.model.layers[1:]:
             block.mlp.experts.forward = lambda x, indices, weights: x
-        out = model(ids, attention_mask=keys, past_key_values=cache, output_mtp=True)
-        assert str(out.logits.device) == str(out.mtp_logits[0].device) == "cuda:0"
-        assert [str(cache.layers[i].device) for i in range(3)] == ["cuda:0", "cuda:1", "cpu"]
-        again = model(ids[:, :1], past_key_values=cache)
-        assert str(again.logits.device) == "cuda:0"
+        out = model(inputs_embeds=embeds, past_key_values=cache, output_mtp=True)
+        assert str(out.logits.device) == str(out.mtp_logits[0].device) == "cpu"
+        expected = [places.get(f"model.layers.{i}", "cpu") for i in range(3)]
+        assert [str(cache.layers[i].device) for i in range(3)] == expected
+        chunk = model(inputs_embeds=embeds[:, :2], past_key_values=cache)  # behind a cache, it has a pattern that hops
+        assert str(chunk.logits.device) == "cpu"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -76,7 +76,7 @@ opened, read_header = [], deepseek_v3.read_header
 deepseek_v3.read_header = lambda path: (opened.append(path.name), read_header(path))[1]
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 deepseek_v3.DeepseekV3ForCausalLM(deepseek_v3.DeepseekV3Config.tiny())
-before = peak()
+before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 model = deepseek_v3.DeepseekV3ForCausalLM.from_pretrained(
     sys.argv[1], num_hidden_layers=1, num_nextn_predict_layers=0
 )
@@ -98,9 +98,8 @@ def test_a_slice_opens_its_shards_only_and_peaks_at_one_tensor_more(tmp_path):
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     peak, held, largest, opened = json.loads(run.stdout)
-    assert held == 2 * 4096 * 7168 * 2 + 583_498_752 - 0 or held > 600_000_000
-    assert held <= peak + 2**20
-    assert peak < held + largest + 50_000_000, (peak, held, largest)
+    assert held > 600_000_000
+    assert held < peak < held + largest + 50_000_000, (peak, held, largest)
     weight_map = json.loads((tmp_path / INDEX).read_text())["weight_map"]
     needed = ("model.layers.0.", "model.embed", "model.norm", "lm_head")
     assert set(opened) == {file for name, file in weight_map.items() if name.startswith(needed)}
