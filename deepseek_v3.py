@@ -58,6 +58,7 @@ import sysconfig
 import time
 import warnings
 from bisect import bisect_left
+from collections import namedtuple
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -1170,20 +1171,19 @@ def spread(scale, shape):
     return rows.repeat_interleave(BLOCK, 1)[:, : shape[1]]
 
 def dequantise(weight, scale_inv, dtype):
-    """A weight in dtype, from FP8 and the scales of its blocks, or as it is if there are none."""
+    """A weight in dtype, from FP8 and the scales of its blocks or, without scales, as it is."""
     if scale_inv is None:
         return weight.to(dtype)
     return (weight.float() * spread(scale_inv, weight.shape)).to(dtype)
 
 def quantise(weight):
-    """FP8, and scales that map the largest of each block to 448, FP8's largest; the reverse."""
-    rows, columns = weight.shape
-    padded = F.pad(weight.detach().float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
+    """The reverse: FP8, and scales that map the largest of each block to 448, FP8's largest."""
+    (rows, columns), weight = weight.shape, weight.detach().float()
+    padded = F.pad(weight, (0, -columns % BLOCK, 0, -rows % BLOCK))
     blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
     scale = blocks.abs().amax((1, 3)) / 448
     scale = torch.where(scale == 0, 1.0, scale)  # a block of zeros
-    scaled = weight.detach().float() / spread(scale, weight.shape)
-    return scaled.clamp(-448, 448).to(FP8), scale
+    return (weight / spread(scale, weight.shape)).clamp(-448, 448).to(FP8), scale
 
 def released_in_fp8(name, tensor):
     """Whether the release has a weight in FP8: the matrices of attention and feed-forward."""
@@ -1200,21 +1200,14 @@ def apply_to_tensors(model, fn, recurse=True):
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
-class Stored(NamedTuple):
-    """Where a tensor lies, as the header of its file says."""
-
-    path: Path
-    dtype: torch.dtype | str
-    shape: tuple
-    begin: int
-    nbytes: int
+Stored = namedtuple("Stored", "path dtype shape begin nbytes")  # where a tensor lies
 
 def read_header(path):
-    """{name: Stored} and the metadata of a safetensors file; an error names a file that is not whole."""
+    """{name: Stored} and metadata of a safetensors file; an error names one that is not whole."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        metadata = safe_open(path, framework="pt").metadata()  # it checks all names, sizes and offsets
+        metadata = safe_open(path, framework="pt").metadata()  # checks names, sizes and offsets
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
     with open(path, "rb") as file:
@@ -1241,8 +1234,8 @@ class Checkpoint:
             for name, file in self.files.items() if isinstance(self.files, dict) else [("", None)]:
                 plain = isinstance(file, str) and Path(file).name == file
                 if not plain or not file.endswith(".safetensors"):
-                    place = self.directory / INDEX
-                    raise ValueError(f"{place}: weight_map[{name!r}]={file!r}: must be a file beside it")
+                    what = f"{self.directory / INDEX}: weight_map[{name!r}]={file!r}"
+                    raise ValueError(f"{what}: must be a .safetensors file beside it")
         else:
             raise FileNotFoundError(f"{directory}: no {SINGLE} and no {INDEX} (pickles are not read)")
         # A save that was cut off at its very end left its config under the name that the weights give.
@@ -1253,15 +1246,12 @@ class Checkpoint:
         """The Stored of a tensor; ValueError if its file and the index disagree."""
         file = self.files[name]
         if file not in self.headers:
-            self.headers[file], _ = read_header(self.directory / file)
-        header = self.headers[file]
-        if name not in header:
-            raise ValueError(f"{self.directory / file}: {name} is not in it, though {INDEX} says so")
-        return header[name]
-
-    def strays(self):
-        """Tensors in the opened files that the index does not place there."""
-        return [n for file, names in self.headers.items() for n in names if self.files.get(n) != file]
+            header, _ = read_header(self.directory / file)
+            listed = {each for each, place in self.files.items() if place == file}
+            for odd in sorted(header.keys() ^ listed):
+                raise ValueError(f"{self.directory / file}: {INDEX} disagrees with it about {odd}")
+            self.headers[file] = header
+        return self.headers[file][name]
 
     def read(self, name):
         """A tensor, in memory of its own."""
@@ -1303,7 +1293,8 @@ def released_names(model, depth=None):
 
     `depth`: decoder layers of the checkpoint, if the model has only the first of them.
     """
-    prefix, kept = "model." if isinstance(model, DeepseekV3Model) else "", model.config.num_hidden_layers
+    prefix = "model." if isinstance(model, DeepseekV3Model) else ""
+    kept = model.config.num_hidden_layers
     biases = [item for item in model.named_buffers() if item[0].endswith("e_score_correction_bias")]
     names = {}
     for name, tensor in (*model.named_parameters(), *biases):
@@ -1311,8 +1302,8 @@ def released_names(model, depth=None):
         if depth and parts[1] == "layers" and int(parts[2]) >= kept:
             parts[2] = str(int(parts[2]) + depth - kept)  # an MTP module
         if not name.endswith(SCALE):
-            head, leaf, experts = ".".join(parts[:-1]), parts[-1], len(tensor) if tensor.ndim == 3 else 0
-            stack = [f"{head}.{e}.{leaf}.weight" for e in range(experts)]
+            head, leaf, experts = ".".join(parts[:-1]), parts[-1], range(len(tensor))
+            stack = tensor.ndim == 3 and [f"{head}.{e}.{leaf}.weight" for e in experts]
             names[name] = stack or [f"{head}.{leaf}"]
     return names
 
@@ -1356,7 +1347,8 @@ def load_pretrained(
     kinds = {name: held_kind(model, name, stored, sources[name][0], dtype) for name in sources}
     sizes = {name: held_bytes(find_tensor(model, name), kind) for name, kind in kinds.items()}
     devices = assign_devices(model, sizes, device_map, max_memory)
-    with tqdm(total=sum(sizes.values()), desc="loading", unit="B", unit_scale=True, disable=None) as bar:
+    look = dict(desc="loading", unit="B", unit_scale=True, disable=None)  # silent without a terminal
+    with tqdm(total=sum(sizes.values()), **look) as bar:
         for name, pieces in sources.items():
             put_tensor(model, name, pieces, stored, devices[name], kinds[name])
             bar.update(sizes[name])
@@ -1368,12 +1360,10 @@ def load_pretrained(
 
 def check_quantization(settings):
     """ValueError for a config's quantization that is not the released one."""
-    settings = settings if isinstance(settings, dict) else {"quant_method": settings}
-    for key in ("quant_method", "weight_block_size", "fmt"):
-        found = settings.get(key, "e4m3" if key == "fmt" else None)
-        if settings["quant_method"] is not None and found != QUANTIZATION[key]:
-            right = f"must be {QUANTIZATION[key]!r}, the only kind that can be read"
-            raise ValueError(f"quantization_config[{key!r}]={found!r}: {right}")
+    given = settings if isinstance(settings, dict) else {"quant_method": settings or "fp8"}
+    for key, right in QUANTIZATION.items():
+        if given.get(key, right) != right and key != "activation_scheme":
+            raise ValueError(f"quantization_config[{key!r}]={given[key]!r}: only {right!r} can be read")
 
 def slice_config(config, stored, kept):
     """Cut a config to `kept` layers, if asked for, and to the MTP modules that are there."""
@@ -1404,7 +1394,7 @@ def check_coverage(model, stored, sources, whole):
     unused += range(first, depth + max(whole.num_nextn_predict_layers, 1))
     head = () if isinstance(model, DeepseekV3ForCausalLM) else ("lm_head.",)
     skipped = (*(f"model.layers.{i}." for i in unused), *head)
-    for name in (*(stored.files.keys() - wanted.keys() - scales), *stored.strays()):
+    for name in stored.files.keys() - wanted.keys() - scales:
         if not name.startswith(skipped) and not name.endswith("rotary_emb.inv_freq"):
             wrong.append(f"{name}: unexpected")
     if wrong:
@@ -1412,9 +1402,10 @@ def check_coverage(model, stored, sources, whole):
         raise ValueError(f"{stored.directory}: {'; '.join(sorted(wrong)[:10])}{more}")
 
 def check_copies(stored, copies):
-    """ValueError for a repeated embedding or head that is not the model's own, which alone is kept."""
+    """ValueError for a repeated embedding or head that is not the one that is kept."""
     for name, of in copies.items():
-        if name in stored.files and not torch.equal(*(stored.read(n).view(torch.uint8) for n in (name, of))):
+        both = (stored.read(n).view(torch.uint8) for n in (name, of) if name in stored.files)
+        if name in stored.files and not torch.equal(*both):
             raise ValueError(f"{name}: differs from {of}, of which it must be a copy")
 
 def problems(stored, name, shape):
@@ -1571,7 +1562,7 @@ def plan_devices(sizes, room, balanced=True):
         cap = bisect_left(range(cap), True, key=lambda cap: None not in fill(cap, {}).values())
     plan = fill(cap, rest)
     if None in plan.values():
-        raise ValueError(f"{sum(sizes.values()):,} bytes do not fit in {room}: name more memory, or a disk")
+        raise ValueError(f"{sum(sizes.values()):,} bytes do not fit in {room}: add more, or 'disk'")
     return plan
 
 def stored_tensors(model, quantize):
@@ -1582,11 +1573,10 @@ def stored_tensors(model, quantize):
         weight, scale = getattr(module, leaf).detach(), getattr(module, leaf + SCALE, None)
         to_fp8 = quantize is not None and scale is None and released_in_fp8(name, weight)
         for e, piece in enumerate(pieces):
-            parts = [part[e] if part is not None and weight.ndim == 3 else part for part in (weight, scale)]
-            parts = quantise(parts[0]) if to_fp8 else parts
-            yield piece, parts[0].contiguous()
-            if parts[1] is not None:
-                yield piece + SCALE, parts[1].detach().contiguous()
+            one = e if weight.ndim == 3 else ...
+            part = weight[one].contiguous(), scale if scale is None else scale.detach()[one].contiguous()
+            part = quantise(part[0]) if to_fp8 else part
+            yield from ((piece + end, t) for end, t in zip(("", SCALE), part, strict=True) if t is not None)
         yield from ((copy, weight.clone()) for copy, of in copies.items() if of in pieces)
 
 def in_shards(tensors, limit):
@@ -1635,16 +1625,17 @@ def put_in_place(directory, parts, metadata, total):
     The one that counts is model.safetensors, else the index. Until the new one counts, no file of the
     old one is touched; from then on its metadata name the config, until that is config.json.
     """
+    numbers = [f"-{i + 1:05d}-of-{len(parts):06d}.safetensors" for i in range(len(parts))]
+    free = ([f"model{f'_{turn}' * (turn > 0)}{n}" for n in numbers] for turn in itertools.count())
     names = [SINGLE]
-    for turn in itertools.count() if len(parts) > 1 else ():
-        names = [f"model{f'_{turn}' * (turn > 0)}-{i + 1:05d}-of-{len(parts):06d}.safetensors" for i in range(len(parts))]
-        if not any((directory / name).exists() for name in names):
-            break
+    if len(parts) > 1:
+        names = next(names for names in free if not any((directory / n).exists() for n in names))
     for i, name in enumerate(names):
         (directory / f".part-{i}.tmp").replace(directory / name)
     if len(parts) > 1:
         weight_map = {tensor: name for name, part in zip(names, parts, strict=True) for tensor in part}
-        write_json(directory, INDEX, {"metadata": metadata | {"total_size": total}, "weight_map": weight_map})
+        metadata = metadata | {"total_size": total}
+        write_json(directory, INDEX, {"metadata": metadata, "weight_map": weight_map})
         (directory / SINGLE).unlink(missing_ok=True)
     else:
         (directory / INDEX).unlink(missing_ok=True)
@@ -1983,7 +1974,8 @@ def assumed_kinds(model):
     fp8, kinds = "quantization_config" in model.config.extra, {}
     for name in released_names(model):
         matrix = fp8 and released_in_fp8(name, find_tensor(model, name))
-        kinds[name] = torch.float32 if name.endswith("correction_bias") else FP8 if matrix else torch.bfloat16
+        plain = torch.float32 if name.endswith("correction_bias") else torch.bfloat16
+        kinds[name] = FP8 if matrix else plain
     return kinds
 
 def count_parameters(model):
@@ -2036,7 +2028,8 @@ def print_split(model, sizes, gpus, gib):
         held = [unit for unit in units if plan[unit] == gpu] or ["nothing"]
         used = sum(units.get(unit, 0) for unit in held) / 2**30
         bar = "█" * round(30 * used / gib)
-        print(f"GPU {gpu:<3} {bar:░<30} {used:6.1f} GiB used, {gib - used:6.1f} free  {held[0]} … {held[-1]}")
+        line = f"GPU {gpu:<3} {bar:░<30} {used:6.1f} GiB used, {gib - used:6.1f} free"
+        print(f"{line}  {held[0]} … {held[-1]}")
 
 def parser():
     """The command line: one sub-command for each function above."""
