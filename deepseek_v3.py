@@ -436,8 +436,8 @@ def grouped_linear(x, weight, ends, scale_inv=None):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
     # What the kernel does not take runs an expert at a time: FP8, a list on disk, odd widths.
     scales = [None] * len(weight) if scale_inv is None else scale_inv
-    visits = zip(x.tensor_split(ends[:-1].tolist()), weight, scales, strict=True)
-    return torch.cat([F.linear(rows, dequantise(w, s, x.dtype)) for rows, w, s in visits if len(rows)])
+    parts = zip(x.tensor_split(ends[:-1].tolist()), weight, scales, strict=True)
+    return torch.cat([F.linear(rows, dequantise(w, s, x.dtype)) for rows, w, s in parts if len(rows)])
 
 class Experts(nn.Module):
     """All routed experts of a layer, stacked along a first axis; x (B, T, D) -> (B, T, D)."""
@@ -1237,7 +1237,7 @@ class Checkpoint:
                     what = f"{self.directory / INDEX}: weight_map[{name!r}]={file!r}"
                     raise ValueError(f"{what}: must be a .safetensors file beside it")
         else:
-            raise FileNotFoundError(f"{directory}: no {SINGLE} and no {INDEX} (pickles are not read)")
+            raise FileNotFoundError(f"{directory}: no {SINGLE}, no {INDEX} (pickles are not read)")
         # A save that was cut off at its very end left its config under the name that the weights give.
         pending = Path(str(self.metadata.get("config"))).name
         self.config_file = pending if (self.directory / pending).is_file() else "config.json"
@@ -1319,7 +1319,8 @@ def mtp_copies(model, depth=None):
     return copies
 
 def load_pretrained(
-    cls, directory, device_map=None, dtype=None, num_hidden_layers=None, max_memory=None, **overrides
+    cls, directory, device_map=None, dtype=None, num_hidden_layers=None, max_memory=None,
+    **overrides,
 ):  # fmt: skip
     """A model from a checkpoint folder: config.json, and model.safetensors or an index with shards.
 
@@ -1363,13 +1364,13 @@ def check_quantization(settings):
     given = settings if isinstance(settings, dict) else {"quant_method": settings or "fp8"}
     for key, right in QUANTIZATION.items():
         if given.get(key, right) != right and key != "activation_scheme":
-            raise ValueError(f"quantization_config[{key!r}]={given[key]!r}: only {right!r} can be read")
+            raise ValueError(f"quantization_config[{key!r}]={given[key]!r}: must be {right!r}")
 
 def slice_config(config, stored, kept):
     """Cut a config to `kept` layers, if asked for, and to the MTP modules that are there."""
     depth, mtp = config.num_hidden_layers, config.num_nextn_predict_layers
     if kept is not None and not 1 <= kept <= depth:
-        raise ValueError(f"num_hidden_layers={kept}: must be between 1 and the checkpoint's {depth}")
+        raise ValueError(f"num_hidden_layers={kept}: must be in 1..{depth}, the checkpoint's layers")
     if kept is not None and config.first_k_dense_replace <= depth:  # so MTP modules keep their experts
         config.first_k_dense_replace = min(config.first_k_dense_replace, kept)
     config.num_hidden_layers = kept or depth
@@ -1413,8 +1414,9 @@ def problems(stored, name, shape):
     if name not in stored.files:
         return [f"{name}: missing"]
     found = stored.find(name)
-    if found.dtype not in KINDS.values() or found.dtype == FP8 and (len(shape) < 2 or SCALE in name):
-        return [f"{name}: of dtype {found.dtype}, must be one of {', '.join(KINDS)}, FP8 for matrices"]
+    no_matrix = len(shape) < 2 or name.endswith(SCALE)
+    if found.dtype not in KINDS.values() or found.dtype == FP8 and no_matrix:
+        return [f"{name}: of dtype {found.dtype}, must be BF16, F32 or F64, or F8_E4M3 for a matrix"]
     if found.shape != shape:
         return [f"{name}: of shape {found.shape}, must be {shape}"]
     return problems(stored, name + SCALE, blocks_of(shape)) if found.dtype == FP8 else []
@@ -1519,7 +1521,8 @@ def parse_device(device):
 def automatic_map(model, sizes, max_memory, balanced):
     """A device map by bytes, over max_memory or what is there."""
     if max_memory is None:
-        room = {i: torch.cuda.mem_get_info(i)[0] * 9 // 10 for i in range(torch.cuda.device_count())}
+        gpus = range(torch.cuda.device_count())
+        room = {i: torch.cuda.mem_get_info(i)[0] * 9 // 10 for i in gpus}  # a tenth for activations
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 8 // 10
         room |= {"cpu": memory, "disk": math.inf}
     else:
@@ -1574,9 +1577,11 @@ def stored_tensors(model, quantize):
         to_fp8 = quantize is not None and scale is None and released_in_fp8(name, weight)
         for e, piece in enumerate(pieces):
             one = e if weight.ndim == 3 else ...
-            part = weight[one].contiguous(), scale if scale is None else scale.detach()[one].contiguous()
-            part = quantise(part[0]) if to_fp8 else part
-            yield from ((piece + end, t) for end, t in zip(("", SCALE), part, strict=True) if t is not None)
+            part = (weight[one], None) if scale is None else (weight[one], scale.detach()[one])
+            part = quantise(weight[one]) if to_fp8 else part
+            yield piece, part[0].contiguous()
+            if part[1] is not None:
+                yield piece + SCALE, part[1].contiguous()
         yield from ((copy, weight.clone()) for copy, of in copies.items() if of in pieces)
 
 def in_shards(tensors, limit):
@@ -1633,9 +1638,9 @@ def put_in_place(directory, parts, metadata, total):
     for i, name in enumerate(names):
         (directory / f".part-{i}.tmp").replace(directory / name)
     if len(parts) > 1:
-        weight_map = {tensor: name for name, part in zip(names, parts, strict=True) for tensor in part}
-        metadata = metadata | {"total_size": total}
-        write_json(directory, INDEX, {"metadata": metadata, "weight_map": weight_map})
+        places = {name: file for file, part in zip(names, parts, strict=True) for name in part}
+        total_size = {"total_size": total}
+        write_json(directory, INDEX, {"metadata": metadata | total_size, "weight_map": places})
         (directory / SINGLE).unlink(missing_ok=True)
     else:
         (directory / INDEX).unlink(missing_ok=True)
@@ -1922,9 +1927,9 @@ def chat_prompt(directory, text):
     if isinstance(template, list):  # several by name
         template = {each.get("name"): each.get("template") for each in template}.get("default")
     if not isinstance(template, str):
-        raise ValueError(f"{directory}: no chat template in tokenizer_config.json: leave out --chat")
-    names = {name: settings.get(name) or "" for name in ("bos_token", "eos_token")}
-    names = {n: token["content"] if isinstance(token, dict) else token for n, token in names.items()}
+        raise ValueError(f"{directory}: no chat template in its tokenizer_config.json")
+    tokens = {name: settings.get(name) or "" for name in ("bos_token", "eos_token")}
+    names = {n: t["content"] if isinstance(t, dict) else t for n, t in tokens.items()}
     messages = [{"role": "user", "content": text}]
     try:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
@@ -1967,7 +1972,7 @@ def stored_kinds(model, stored):
     """{name: dtype} that a folder's tensors would be held in; ValueError if one is not as it must be."""
     sources = released_names(model)
     check_coverage(model, stored, sources, model.config)
-    return {name: held_kind(model, name, stored, pieces[0], None) for name, pieces in sources.items()}
+    return {name: held_kind(model, name, stored, sources[name][0], None) for name in sources}
 
 def assumed_kinds(model):
     """{name: dtype} of a model without files: as released, in FP8 if its config says so."""
@@ -1984,20 +1989,20 @@ def count_parameters(model):
     mtp = tuple(f"model.layers.{block.self_attn.layer_idx}." for block in model.mtp_blocks)
     main, extra = [0, 0], [0, 0]
     for name, parameter in model.named_parameters():
-        counts, visited = extra if name.startswith(mtp) else main, share if parameter.ndim == 3 else 1
+        counts = extra if name.startswith(mtp) else main
         counts[0] += parameter.numel()
-        counts[1] += round(parameter.numel() * visited)
+        counts[1] += round(parameter.numel() * (share if parameter.ndim == 3 else 1))
     return main, extra
 
 def print_sizes(config, counts, kinds, sizes, model):
     """What the weights, the cache and training take."""
     (total, active), (mtp_total, mtp_active) = counts
-    by_kind = dict.fromkeys((FP8, torch.bfloat16, torch.float32, torch.float64), 0)
+    by_kind = dict.fromkeys(KINDS.values(), 0)
     for name, kind in kinds.items():
         plain = find_tensor(model, name).numel() * kind.itemsize
         by_kind[kind] += plain
         by_kind[torch.float32] += sizes[name] - plain  # scales
-    labels = {dtype: label.removesuffix("_E4M3").replace("F8", "FP8") for label, dtype in KINDS.items()}
+    labels = dict(zip(KINDS.values(), ("FP8", "BF16", "F32", "F64"), strict=True))
     split = ", ".join(f"{labels[kind]} {size:,}" for kind, size in by_kind.items() if size)
     L, T = config.num_hidden_layers, 4096
     cache = 2 * L * (config.kv_lora_rank + config.qk_rope_head_dim)
@@ -2055,7 +2060,7 @@ def parser():
     run.set_defaults(run=generate_command)
     run.add_argument("directory", help="checkpoint folder")
     run.add_argument("prompt")
-    run.add_argument("--chat", action="store_true", help="put the prompt into the chat template, and answer")
+    run.add_argument("--chat", action="store_true", help="answer, by the model's chat template")
     run.add_argument("--max-new-tokens", type=int, default=200)
     run.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token")
     run.add_argument("--seed", type=int, default=0)
