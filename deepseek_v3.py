@@ -437,7 +437,7 @@ def grouped_linear(x, weight, ends, scale_inv=None):
     # What the kernel does not take runs an expert at a time: FP8, a list on disk, odd widths.
     scales = [None] * len(weight) if scale_inv is None else scale_inv
     parts = zip(x.tensor_split(ends[:-1].tolist()), weight, scales, strict=True)
-    return torch.cat([F.linear(rows, dequantise(w, s, x.dtype)) for rows, w, s in parts if len(rows)])
+    return torch.cat([F.linear(x, dequantise(w, s, x.dtype)) for x, w, s in parts if len(x)])
 
 class Experts(nn.Module):
     """All routed experts of a layer, stacked along a first axis; x (B, T, D) -> (B, T, D)."""
@@ -1370,7 +1370,7 @@ def slice_config(config, stored, kept):
     """Cut a config to `kept` layers, if asked for, and to the MTP modules that are there."""
     depth, mtp = config.num_hidden_layers, config.num_nextn_predict_layers
     if kept is not None and not 1 <= kept <= depth:
-        raise ValueError(f"num_hidden_layers={kept}: must be in 1..{depth}, the checkpoint's layers")
+        raise ValueError(f"num_hidden_layers={kept}: must be in 1..{depth}, as stored")
     if kept is not None and config.first_k_dense_replace <= depth:  # so MTP modules keep their experts
         config.first_k_dense_replace = min(config.first_k_dense_replace, kept)
     config.num_hidden_layers = kept or depth
@@ -1416,7 +1416,7 @@ def problems(stored, name, shape):
     found = stored.find(name)
     no_matrix = len(shape) < 2 or name.endswith(SCALE)
     if found.dtype not in KINDS.values() or found.dtype == FP8 and no_matrix:
-        return [f"{name}: of dtype {found.dtype}, must be BF16, F32 or F64, or F8_E4M3 for a matrix"]
+        return [f"{name}: of dtype {found.dtype}, must be BF16, F32, F64 or, a matrix, F8_E4M3"]
     if found.shape != shape:
         return [f"{name}: of shape {found.shape}, must be {shape}"]
     return problems(stored, name + SCALE, blocks_of(shape)) if found.dtype == FP8 else []
