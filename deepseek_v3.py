@@ -48,6 +48,8 @@ import argparse
 import dataclasses
 import difflib
 import fnmatch
+import hashlib
+import itertools
 import json
 import math
 import os
@@ -57,6 +59,8 @@ import sys
 import sysconfig
 import time
 import warnings
+from bisect import bisect_left
+from collections import namedtuple
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -279,15 +283,15 @@ class MLA(nn.Module):
         self.N, self.R = config.qk_nope_head_dim, config.qk_rope_head_dim
         D, Q, bias = config.hidden_size, config.q_lora_rank, config.attention_bias
         if Q is None:
-            self.q_proj = nn.Linear(D, self.H * (self.N + self.R), bias=False)
+            self.q_proj = Linear(D, self.H * (self.N + self.R))  # nn.Linear, or FP8: section 12
         else:
-            self.q_a_proj = nn.Linear(D, Q, bias=bias)
+            self.q_a_proj = Linear(D, Q, bias=bias)
             self.q_a_layernorm = nn.RMSNorm(Q, eps=1e-6)  # NOTE(checkpoint) latent-norms
-            self.q_b_proj = nn.Linear(Q, self.H * (self.N + self.R), bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(D, self.C + self.R, bias=bias)
+            self.q_b_proj = Linear(Q, self.H * (self.N + self.R))
+        self.kv_a_proj_with_mqa = Linear(D, self.C + self.R, bias=bias)
         self.kv_a_layernorm = nn.RMSNorm(self.C, eps=1e-6)  # NOTE(hf) latent-eps
-        self.kv_b_proj = nn.Linear(self.C, self.H * (self.N + self.V), bias=False)
-        self.o_proj = nn.Linear(self.H * self.V, D, bias=bias)
+        self.kv_b_proj = Linear(self.C, self.H * (self.N + self.V))
+        self.o_proj = Linear(self.H * self.V, D, bias=bias)
         self.softmax = MaskedSoftmax()
         self.scale = config.softmax_scale
 
@@ -349,7 +353,7 @@ class MLA(nn.Module):
         q·(W^UK c) = (W^UKᵀ q)·c: the up-projection of keys moves into the query, that of values into
         the output, and all heads share the cached latent as one key and value, read once.
         """
-        w_kv = self.kv_b_proj.weight.unflatten(0, (self.H, self.N + self.V))  # (H, N + V, C)
+        w_kv = self.kv_b_proj.full_weight(latent.dtype).unflatten(0, (self.H, self.N + self.V))  # (H, N + V, C)
         w_uk, w_uv = w_kv.split([self.N, self.V], 1)  # (H, N, C), (H, V, C)
         q_latent = torch.einsum("bthn,hnc->bhtc", q_nope, w_uk)  # (B, H, T, C)
         q = torch.cat([q_latent, q_rope.transpose(1, 2)], -1)  # (B, H, T, C + R)
@@ -366,9 +370,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, D, width):
         super().__init__()
-        self.gate_proj = nn.Linear(D, width, bias=False)
-        self.up_proj = nn.Linear(D, width, bias=False)
-        self.down_proj = nn.Linear(width, D, bias=False)
+        self.gate_proj = Linear(D, width)
+        self.up_proj = Linear(D, width)
+        self.down_proj = Linear(width, D)
 
     def forward(self, x):
         hidden = F.silu(self.gate_proj(x)) * self.up_proj(x)  # (B, T, F)
@@ -427,14 +431,15 @@ class Router(nn.Module):
         # -inf and not 0: biased scores can be negative, and 0 would win.
         return grouped.masked_fill(outside.unsqueeze(-1), -math.inf).flatten(-2)
 
-def grouped_linear(x, weight, ends):
+def grouped_linear(x, weight, ends, scale_inv=None):
     """Each expert's map on its own rows; x (rows, in) by expert, weight (E, out, in) -> (rows, out)."""
-    aligned = all(x.element_size() * width % 16 == 0 for width in weight.shape[1:])
-    if aligned and x.dtype in (torch.float32, torch.bfloat16):
+    aligned = all(x.element_size() * width % 16 == 0 for width in weight[0].shape)
+    if aligned and getattr(weight, "dtype", None) == x.dtype in (torch.float32, torch.bfloat16):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
-    # What the kernel does not take, float64 and odd widths, runs as a product an expert.
-    groups = x.tensor_split(ends[:-1].long().cpu())
-    return torch.cat([group @ expert.T for group, expert in zip(groups, weight, strict=True)])
+    # What the kernel does not take runs an expert at a time: FP8, a list on disk, odd widths.
+    scales = [None] * len(weight) if scale_inv is None else scale_inv
+    parts = zip(x.tensor_split(ends[:-1].tolist()), weight, scales, strict=True)
+    return torch.cat([F.linear(x, dequantise(w, s, x.dtype)) for x, w, s in parts if len(x)])
 
 class Experts(nn.Module):
     """All routed experts of a layer, stacked along a first axis; x (B, T, D) -> (B, T, D)."""
@@ -445,6 +450,8 @@ class Experts(nn.Module):
         self.gate_proj = nn.Parameter(torch.empty(E, width, D))
         self.up_proj = nn.Parameter(torch.empty(E, width, D))
         self.down_proj = nn.Parameter(torch.empty(E, D, width))
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            self.register_parameter(f"{name}_scale_inv", None)  # of FP8: section 12
 
     def forward(self, x, indices, weights):
         # The visits, sorted by expert: each expert's rows lie together, as one grouped product.
@@ -452,9 +459,9 @@ class Experts(nn.Module):
         every = torch.arange(len(self.gate_proj), device=x.device)
         ends = torch.searchsorted(expert, every, right=True, out_int32=True)  # (E)
         rows = x.flatten(0, 1)[order // indices.shape[-1]]  # (B*T*K, D)
-        gate = grouped_linear(rows, self.gate_proj, ends)  # (B*T*K, F)
-        hidden = F.silu(gate) * grouped_linear(rows, self.up_proj, ends)  # (B*T*K, F)
-        sorted_visits = grouped_linear(hidden, self.down_proj, ends)  # (B*T*K, D)
+        gate = grouped_linear(rows, self.gate_proj, ends, self.gate_proj_scale_inv)  # (B*T*K, F)
+        hidden = F.silu(gate) * grouped_linear(rows, self.up_proj, ends, self.up_proj_scale_inv)  # (B*T*K, F)
+        sorted_visits = grouped_linear(hidden, self.down_proj, ends, self.down_proj_scale_inv)  # (B*T*K, D)
         visits = torch.empty_like(rows).index_copy(0, order, sorted_visits)
         visits = visits.unflatten(0, indices.shape)  # (B, T, K, D)
         out = (visits * weights.unsqueeze(-1)).sum(-2)  # (B, T, D) Eq. 12: the routed sum
@@ -511,15 +518,16 @@ class MTPBlock(Block):
         D, eps = config.hidden_size, config.rms_norm_eps
         self.enorm = nn.RMSNorm(D, eps=eps)
         self.hnorm = nn.RMSNorm(D, eps=eps)
-        self.eh_proj = nn.Linear(2 * D, D, bias=False)
+        self.eh_proj = Linear(2 * D, D)
         self.shared_head = nn.ModuleDict({"norm": nn.RMSNorm(D, eps=eps)})  # the head is lm_head
 
     def forward(self, hidden, embeds, rope, pattern, cache=None):
+        here = self.hnorm.weight.device
         # NOTE(checkpoint) eh-order
-        joined = torch.cat([self.enorm(embeds), self.hnorm(hidden)], -1)  # (B, T-k, 2*D)
+        joined = torch.cat([self.enorm(embeds.to(here)), self.hnorm(hidden.to(here))], -1)  # (B, T-k, 2*D)
         x = self.eh_proj(joined)  # (B, T-k, D) Eq. 21
-        x = super().forward(x, rope, pattern, cache)  # (B, T-k, D) Eq. 22
-        return self.shared_head["norm"](x)
+        x = super().forward(x, *move((rope, pattern), here), cache)  # (B, T-k, D) Eq. 22
+        return self.shared_head["norm"](x).to(hidden.device)
 
 # ---- 7. Model and heads — Eq. 23 ----------------------------------------------------------------
 
@@ -585,7 +593,7 @@ class DeepseekV3Model(PreTrainedModel):
         layers = self.layers[: self.config.num_hidden_layers]
         routing = output_routing or self.training
         with observe(layers, output_attentions, output_hidden_states, routing) as out:
-            last = self.norm(self.run(layers, embeds, rope, pattern, cache))  # (B, T, D)
+            last = self.norm(self.run(layers, embeds, rope, pattern, cache)).to(embeds.device)  # (B, T, D)
         out.last_hidden_state, out.past_key_values = last, cache
         if output_hidden_states:  # the last layer's state is shown after the norm
             out.hidden_states = (embeds, *out.hidden_states[:-1], last)
@@ -616,10 +624,11 @@ class DeepseekV3Model(PreTrainedModel):
         recompute = self.gradient_checkpointing and self.training
         for layer in layers:
             call = partial(checkpoint, layer, use_reentrant=False) if recompute else layer
+            x, rope, pattern = move((x, rope, pattern), layer.input_layernorm.weight.device)  # section 12
             x = call(x, rope, pattern, cache)
         if cache is not None:
             cache.length += x.shape[1]
-        return x
+        return x.to(self.norm.weight.device)
 
 class DeepseekV3ForCausalLM(PreTrainedModel):
     """Language model: logits of the next token (B, T, vocab), and MTP modules that look further."""
@@ -629,7 +638,7 @@ class DeepseekV3ForCausalLM(PreTrainedModel):
         self.model = DeepseekV3Model(config)
         L, depths = config.num_hidden_layers, config.num_nextn_predict_layers
         self.model.layers.extend(MTPBlock(config, L + i) for i in range(depths))
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.init_weights()
@@ -689,7 +698,7 @@ class DeepseekV3ForTokenClassification(PreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.model = DeepseekV3Model(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=self.score_bias)
+        self.score = Linear(config.hidden_size, config.num_labels, bias=self.score_bias)
         self.init_weights()
 
     def forward(
@@ -1184,9 +1193,9 @@ def config_dict(config):
     known = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return FIXED_KEYS | known | config.extra
 
-def load_config(cls, directory, **overrides):
+def load_config(cls, directory, file="config.json", **overrides):
     """Read directory/config.json; ValueError or FileNotFoundError names what is wrong."""
-    return cls(**(FIXED_KEYS | read_json(directory, "config.json") | overrides))
+    return cls(**(FIXED_KEYS | read_json(directory, file) | overrides))
 
 def save_config(config, directory):
     """Write directory/config.json."""
@@ -1267,47 +1276,153 @@ def write_json(directory, name, content):
     beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     beside.replace(Path(directory) / name)
 
-INDEX = "model.safetensors.index.json"
+# FP8 weights: found by their dtype, never by name. The scale of a 128 x 128 block *multiplies* it, in
+# spite of its name; blocks at the lower and right edge may be smaller.
+FP8, BLOCK, SCALE = torch.float8_e4m3fn, 128, "_scale_inv"
+QUANTIZATION = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}
+QUANTIZATION |= {"activation_scheme": "dynamic"}
+KINDS = {"F8_E4M3": FP8, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
+class Linear(nn.Linear):
+    """nn.Linear that may hold FP8, dequantised at use, and that answers on the device of its input."""
+
+    def __init__(self, n_in, n_out, bias=False):
+        super().__init__(n_in, n_out, bias)
+        self.register_parameter("weight_scale_inv", None)
+
+    def full_weight(self, dtype):
+        return dequantise(self.weight, self.weight_scale_inv, dtype)
+
+    def forward(self, x):
+        y = F.linear(x.to(self.weight.device), self.full_weight(x.dtype), self.bias)
+        return y.to(x.device)
+
+def blocks_of(shape):
+    """Shape of the scales of a weight; (576, 7168) -> (5, 56)."""
+    return tuple(-(-size // BLOCK) for size in shape)
+
+def spread(scale, shape):
+    """A scale for each weight from one for each block, cut at ragged edges; (5, 56) -> (576, 7168)."""
+    rows = scale.repeat_interleave(BLOCK, 0)[: shape[0]]
+    return rows.repeat_interleave(BLOCK, 1)[:, : shape[1]]
+
+def dequantise(weight, scale_inv, dtype):
+    """A weight in dtype, from FP8 and the scales of its blocks or, without scales, as it is."""
+    if scale_inv is None:
+        return weight.to(dtype)
+    return (weight.float() * spread(scale_inv, weight.shape)).to(dtype)
+
+def quantise(weight):
+    """The reverse: FP8, and scales that map the largest of each block to 448, FP8's largest."""
+    (rows, columns), weight = weight.shape, weight.detach().float()
+    padded = F.pad(weight, (0, -columns % BLOCK, 0, -rows % BLOCK))
+    blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
+    scale = blocks.abs().amax((1, 3)) / 448
+    scale = torch.where(scale == 0, 1.0, scale)  # a block of zeros
+    return (weight / spread(scale, weight.shape)).clamp(-448, 448).to(FP8), scale
+
+def released_in_fp8(name, tensor):
+    """Whether the release has a weight in FP8: the matrices of attention and feed-forward."""
+    return tensor.ndim > 1 and "_proj" in name and "eh_proj" not in name
+
+def holds_fp8(model):
+    return any(parameter.dtype == FP8 for parameter in model.parameters())
+
+def apply_to_tensors(model, fn, recurse=True):
+    """nn.Module's own, but that a cast would take FP8 weights without their scales."""
+    if holds_fp8(model) and fn(torch.empty(0, dtype=FP8)).dtype != FP8:
+        raise ValueError("a model in FP8 cannot be cast: load it with dtype=")
+    return nn.Module._apply(model, fn, recurse)
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+Stored = namedtuple("Stored", "path dtype shape begin nbytes")  # where a tensor lies
+
+def read_header(path):
+    """{name: Stored} and metadata of a safetensors file; an error names one that is not whole."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        metadata = safe_open(path, framework="pt").metadata()  # checks names, sizes and offsets
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+    with open(path, "rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(start - 8))
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        header[name] = Stored(path, KINDS.get(dtype, dtype), shape, start + begin, end - begin)
+    return header, metadata or {}
 
 class Checkpoint:
-    """The tensors of a folder by name, read from model.safetensors or from the shards of its index."""
+    """The tensors of a folder by name; a file is opened when something in it is asked for."""
 
     def __init__(self, directory):
-        self.directory, self.opened = Path(directory), {}
-        single = self.directory / "model.safetensors"
-        if (self.directory / INDEX).is_file():
-            self.files = read_json(self.directory, INDEX).get("weight_map")
-            if not isinstance(self.files, dict) or not all(map(self.is_plain, self.files.values())):
-                raise ValueError(f"{self.directory / INDEX}: weight_map must map names to files beside it")
-        elif single.is_file():
-            self.files = dict.fromkeys(self.open(single.name).keys(), single.name)
+        self.directory, self.headers, self.maps = Path(directory), {}, {}
+        if (self.directory / SINGLE).is_file():  # it goes before an index, as in transformers
+            self.headers[SINGLE], self.metadata = read_header(self.directory / SINGLE)
+            self.files = dict.fromkeys(self.headers[SINGLE], SINGLE)
+        elif (self.directory / INDEX).is_file():
+            index = read_json(self.directory, INDEX)
+            self.files, metadata = index.get("weight_map"), index.get("metadata")
+            self.metadata = metadata if isinstance(metadata, dict) else {}
+            for name, file in self.files.items() if isinstance(self.files, dict) else [("", None)]:
+                plain = isinstance(file, str) and Path(file).name == file
+                if not plain or not file.endswith(".safetensors"):
+                    what = f"{self.directory / INDEX}: weight_map[{name!r}]={file!r}"
+                    raise ValueError(f"{what}: must be a .safetensors file beside it")
         else:
-            raise FileNotFoundError(f"{self.directory}: no {single.name} and no {INDEX} (pickles are not read)")
+            raise FileNotFoundError(f"{directory}: no {SINGLE}, no {INDEX} (pickles are not read)")
+        # A save that was cut off at its very end left its config under the name that the weights give.
+        pending = Path(str(self.metadata.get("config"))).name
+        self.config_file = pending if (self.directory / pending).is_file() else "config.json"
 
-    @staticmethod
-    def is_plain(file):
-        return isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors")
+    def find(self, name):
+        """The Stored of a tensor; ValueError if its file and the index disagree."""
+        file = self.files[name]
+        if file not in self.headers:
+            header, _ = read_header(self.directory / file)
+            listed = {each for each, place in self.files.items() if place == file}
+            for odd in sorted(header.keys() ^ listed):
+                raise ValueError(f"{self.directory / file}: {INDEX} disagrees with it about {odd}")
+            self.headers[file] = header
+        return self.headers[file][name]
 
-    def open(self, file):
-        if file not in self.opened:
-            path = self.directory / file
-            if not path.is_file():
-                raise FileNotFoundError(f"{path}: no such file, but {INDEX} names it")
-            try:
-                self.opened[file] = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
-        return self.opened[file]
+    def read(self, name):
+        """A tensor, in memory of its own."""
+        stored = self.find(name)
+        data = np.fromfile(stored.path, np.uint8, stored.nbytes, offset=stored.begin)
+        return torch.from_numpy(data).view(stored.dtype).view(stored.shape)
 
-    def shape(self, name):
-        handle = self.open(self.files[name])
-        try:
-            return tuple(handle.get_slice(name).get_shape())
-        except SafetensorError:
-            raise ValueError(f"{name}: not in {self.files[name]}, where {INDEX} says it is") from None
+    def fetch(self, name, device, dtype):
+        """A tensor and its scale or None, on a device; dtype None keeps what is stored.
 
-    def get(self, name):
-        return self.open(self.files[name]).get_tensor(name)
+        On "disk", what needs no conversion stays in its file, and is read when it is used.
+        """
+        if device == "disk" and dtype in (None, self.find(name).dtype):
+            file = self.files[name]
+            if file not in self.maps:
+                self.maps[file] = safe_open(self.directory / file, framework="pt")
+            weight = self.maps[file].get_tensor(name)
+        else:
+            weight = self.read(name).to(real_device(device))
+        if weight.dtype != FP8:
+            return weight if dtype is None else weight.to(dtype), None
+        scale = self.read(name + SCALE).float()
+        if not scale.isfinite().all():
+            raise ValueError(f"{name + SCALE}: holds a NaN or an infinity")
+        scale = scale.to(weight.device)
+        return (weight, scale) if dtype is None else (dequantise(weight, scale, dtype), None)
+
+def owner(model, name):
+    """The module that holds the parameter or buffer of a dotted name, and its name there."""
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+def find_tensor(model, name):
+    """The parameter or buffer of that dotted name."""
+    return getattr(*owner(model, name))
 
 def released_names(model, depth=None):
     """{parameter name: names of its tensors in a checkpoint}; a stack of experts is a name for each.
@@ -1315,177 +1430,382 @@ def released_names(model, depth=None):
     `depth`: decoder layers of the checkpoint, if the model has only the first of them.
     """
     prefix = "model." if isinstance(model, DeepseekV3Model) else ""
-    shift = (depth or model.config.num_hidden_layers) - model.config.num_hidden_layers
+    kept = model.config.num_hidden_layers
+    biases = [item for item in model.named_buffers() if item[0].endswith("e_score_correction_bias")]
     names = {}
-    for name, tensor in (*model.named_parameters(), *persistent_buffers(model)):
+    for name, tensor in (*model.named_parameters(), *biases):
         parts = (prefix + name).split(".")
-        if shift and parts[1] == "layers" and int(parts[2]) >= model.config.num_hidden_layers:
-            parts[2] = str(int(parts[2]) + shift)  # an MTP module
-        head, stack, leaf = ".".join(parts[:-1]), parts[-2], parts[-1]
-        experts = range(len(tensor)) if stack == "experts" else ()
-        names[name] = [f"{head}.{e}.{leaf}.weight" for e in experts] or [f"{head}.{leaf}"]
+        if depth and parts[1] == "layers" and int(parts[2]) >= kept:
+            parts[2] = str(int(parts[2]) + depth - kept)  # an MTP module
+        if not name.endswith(SCALE):
+            head, leaf, experts = ".".join(parts[:-1]), parts[-1], range(len(tensor))
+            stack = tensor.ndim == 3 and [f"{head}.{e}.{leaf}.weight" for e in experts]
+            names[name] = stack or [f"{head}.{leaf}"]
     return names
 
-def persistent_buffers(model):
-    """The router biases, by name: the only buffers that a checkpoint holds."""
-    return [item for item in model.named_buffers() if item[0].endswith("e_score_correction_bias")]
-
-def mtp_copies(config, depth=None):
+def mtp_copies(model, depth=None):
     """{name: name} of the embedding and head that a checkpoint repeats in each MTP module."""
-    first = depth or config.num_hidden_layers
-    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    blocks = getattr(model, "mtp_blocks", ())
+    first = depth or model.config.num_hidden_layers
+    head = "model.embed_tokens.weight" if model.config.tie_word_embeddings else "lm_head.weight"
     copies = {}
-    for layer in range(first, first + config.num_nextn_predict_layers):
+    for layer in range(first, first + len(blocks)):
         copies[f"model.layers.{layer}.embed_tokens.weight"] = "model.embed_tokens.weight"
         copies[f"model.layers.{layer}.shared_head.head.weight"] = head
     return copies
 
 def load_pretrained(
-    cls, directory, device_map=None, dtype=None, num_hidden_layers=None, **overrides
+    cls, directory, device_map=None, dtype=None, num_hidden_layers=None, max_memory=None,
+    **overrides,
 ):  # fmt: skip
     """A model from a checkpoint folder: config.json, and model.safetensors or an index with shards.
 
-    device_map: the device to load to (None: the CPU). dtype: None keeps what the checkpoint holds.
+    device_map: a device (None: the CPU), {module path: device}, of which the longest path that fits
+    counts, or "auto" (= "balanced") or "sequential", which split by bytes over the GPUs, then the
+    CPU, then the disk, or over max_memory, {0: "141GB", "cpu": "64GB", "disk": "2TB"}. What is on
+    "disk" stays in its file, and only the experts that are chosen are ever read.
+    dtype: None keeps what the checkpoint holds; a dtype dequantises FP8 while loading.
     num_hidden_layers: load only so many first layers, and open only the shards that hold them.
     Other keywords override the config. FileNotFoundError or ValueError names the file or tensor that
-    is missing, unexpected, mis-shaped or broken; nothing is loaded then.
+    is missing, unexpected, mis-shaped or broken; names and shapes are checked before anything loads.
     """
-    config = DeepseekV3Config.from_pretrained(directory, **overrides)
-    depth, stored = config.num_hidden_layers, Checkpoint(directory)
-    config.num_hidden_layers = depth if num_hidden_layers is None else num_hidden_layers
-    if not 1 <= config.num_hidden_layers <= depth:
-        raise ValueError(f"{num_hidden_layers=}: must be between 1 and the checkpoint's {depth}")
-    mtp_layers = tuple(f"model.layers.{depth + k}." for k in range(config.num_nextn_predict_layers))
-    if mtp_layers and not any(name.startswith(mtp_layers) for name in stored.files):
-        warnings.warn(f"{directory}: its config announces MTP modules, it holds none", stacklevel=2)
-        config.num_nextn_predict_layers = 0
+    if dtype not in (None, *KINDS.values()) or dtype == FP8:
+        raise ValueError(f"{dtype=}: must be None, torch.bfloat16, float32 or float64")
+    stored = Checkpoint(directory)
+    whole = DeepseekV3Config.from_pretrained(directory, stored.config_file)
+    config = DeepseekV3Config(**(whole.to_dict() | overrides))
+    check_quantization(config.extra.get("quantization_config"))
+    slice_config(config, stored, num_hidden_layers)
     with torch.device("meta"):
         model = cls(config)
-    sources = released_names(model, depth)
-    check_coverage(model, stored, sources, depth)
-    device = torch.device("cpu" if device_map is None else device_map)
-    for name, pieces in sources.items():
-        put_tensor(model, name, read_tensor(model, name, pieces, stored, device, dtype))
+    sources = released_names(model, whole.num_hidden_layers)
+    check_coverage(model, stored, sources, whole)
+    check_copies(stored, mtp_copies(model, whole.num_hidden_layers))
+    kinds = {name: held_kind(model, name, stored, sources[name][0], dtype) for name in sources}
+    sizes = {name: held_bytes(find_tensor(model, name), kind) for name, kind in kinds.items()}
+    devices = assign_devices(model, sizes, device_map, max_memory)
+    look = dict(desc="loading", unit="B", unit_scale=True, disable=None)  # silent without a terminal
+    with tqdm(total=sum(sizes.values()), **look) as bar:
+        for name, pieces in sources.items():
+            put_tensor(model, name, pieces, stored, devices[name], kinds[name])
+            bar.update(sizes[name])
     if config.tie_word_embeddings and isinstance(model, DeepseekV3ForCausalLM):
         model.lm_head.weight = model.model.embed_tokens.weight
-    for name, of in mtp_copies(config, depth).items():
-        if isinstance(model, DeepseekV3ForCausalLM) and name in stored.files:
-            if not torch.equal(stored.get(name), stored.get(of)):
-                raise ValueError(f"{name}: differs from {of}, of which it must be a copy")
-    return model.to(device).eval()
+    if dtype is not None:
+        config.extra.pop("quantization_config", None)
+    return model.eval()
 
-def check_coverage(model, stored, sources, depth):
+def check_quantization(settings):
+    """ValueError for a config's quantization that is not the released one."""
+    given = settings if isinstance(settings, dict) else {"quant_method": settings or "fp8"}
+    for key, right in QUANTIZATION.items():
+        if given.get(key, right) != right and key != "activation_scheme":
+            raise ValueError(f"quantization_config[{key!r}]={given[key]!r}: must be {right!r}")
+
+def slice_config(config, stored, kept):
+    """Cut a config to `kept` layers, if asked for, and to the MTP modules that are there."""
+    depth, mtp = config.num_hidden_layers, config.num_nextn_predict_layers
+    if kept is not None and not 1 <= kept <= depth:
+        raise ValueError(f"num_hidden_layers={kept}: must be in 1..{depth}, as stored")
+    if kept is not None and config.first_k_dense_replace <= depth:  # so MTP modules keep their experts
+        config.first_k_dense_replace = min(config.first_k_dense_replace, kept)
+    config.num_hidden_layers = kept or depth
+    mtp_layers = tuple(f"model.layers.{depth + k}." for k in range(mtp))
+    if mtp and not any(name.startswith(mtp_layers) for name in stored.files):
+        warnings.warn(f"{stored.directory}: announces MTP modules, but holds none", stacklevel=3)
+        config.num_nextn_predict_layers = 0
+
+def check_coverage(model, stored, sources, whole):
     """ValueError unless every tensor of the model is stored, in its shape, and nothing else is."""
-    config, kept = model.config, model.config.num_hidden_layers
-    wanted, wrong = mtp_copies(config, depth).keys() | set(), []
+    wanted, depth = {}, whole.num_hidden_layers
     for name, pieces in sources.items():
-        shape = tuple(find_tensor(model, name).shape[len(pieces) > 1 :])
-        missing = [piece for piece in pieces if piece not in stored.files]
-        if missing and name.startswith("score."):  # a new head on a trained trunk
+        if name.startswith("score.") and pieces[0] not in stored.files:
             warnings.warn(f"{name}: not in the checkpoint, newly initialised", stacklevel=3)
-            continue
-        wrong += [f"{piece}: missing" for piece in missing]
-        wanted |= set(pieces)
-        for piece in set(pieces) - set(missing):
-            if stored.shape(piece) != shape:
-                wrong.append(f"{piece}: of shape {stored.shape(piece)}, must be {shape}")
-    causal = isinstance(model, DeepseekV3ForCausalLM)
-    last = depth + (config.num_nextn_predict_layers if causal else 0)
-    for name in stored.files.keys() - wanted:
-        layer = re.match(r"model\.layers\.(\d+)\.", name)
-        skipped = layer and (kept <= int(layer[1]) < depth or int(layer[1]) >= last)
-        skipped = skipped or name.endswith("rotary_emb.inv_freq")
-        if not skipped and not (name == "lm_head.weight" and not causal):
+        else:
+            wanted |= dict.fromkeys(pieces, tuple(find_tensor(model, name).shape[-2:]))
+    wanted |= {n: wanted[of] for n, of in mtp_copies(model, depth).items() if n in stored.files}
+    wrong = [problem for name, shape in wanted.items() for problem in problems(stored, name, shape)]
+    scales = {n + SCALE for n in wanted if n in stored.files and stored.find(n).dtype == FP8}
+    first = depth + len(getattr(model, "mtp_blocks", ()))
+    unused = [*range(model.config.num_hidden_layers, depth)]
+    unused += range(first, depth + max(whole.num_nextn_predict_layers, 1))
+    head = () if isinstance(model, DeepseekV3ForCausalLM) else ("lm_head.",)
+    skipped = (*(f"model.layers.{i}." for i in unused), *head)
+    for name in stored.files.keys() - wanted.keys() - scales:
+        if not name.startswith(skipped) and not name.endswith("rotary_emb.inv_freq"):
             wrong.append(f"{name}: unexpected")
     if wrong:
         more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         raise ValueError(f"{stored.directory}: {'; '.join(sorted(wrong)[:10])}{more}")
 
-def find_tensor(model, name):
-    """The parameter or buffer of that dotted name."""
-    owner, _, leaf = name.rpartition(".")
-    return getattr(model.get_submodule(owner), leaf)
+def check_copies(stored, copies):
+    """ValueError for a repeated embedding or head that is not the one that is kept."""
+    for name, of in copies.items():
+        both = (stored.read(n).view(torch.uint8) for n in (name, of) if name in stored.files)
+        if name in stored.files and not torch.equal(*both):
+            raise ValueError(f"{name}: differs from {of}, of which it must be a copy")
 
-def put_tensor(model, name, tensor):
-    """Put a loaded tensor where the parameter or buffer of that name is."""
-    owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-    is_parameter = leaf in module._parameters
-    setattr(module, leaf, nn.Parameter(tensor) if is_parameter else tensor)
+def problems(stored, name, shape):
+    """What is wrong with a stored tensor, or with the scales that it needs: a list of messages."""
+    if name not in stored.files:
+        return [f"{name}: missing"]
+    found = stored.find(name)
+    no_matrix = len(shape) < 2 or name.endswith(SCALE)
+    if found.dtype not in KINDS.values() or found.dtype == FP8 and no_matrix:
+        return [f"{name}: of dtype {found.dtype}, must be BF16, F32, F64 or, a matrix, F8_E4M3"]
+    if found.shape != shape:
+        return [f"{name}: of shape {found.shape}, must be {shape}"]
+    return problems(stored, name + SCALE, blocks_of(shape)) if found.dtype == FP8 else []
 
-def read_tensor(model, name, pieces, stored, device, dtype):
-    """A parameter or buffer from its pieces, one, or one for each expert of a stack."""
-    meta = find_tensor(model, name)
+def held_kind(model, name, stored, piece, dtype):
+    """The dtype that a tensor is held in: FP8 only where there is a place for its scales."""
+    module, leaf = owner(model, name)
+    if leaf == "e_score_correction_bias":
+        return torch.float32
+    if dtype is not None or piece not in stored.files:
+        return dtype or stored.find("model.norm.weight").dtype
+    kind = stored.find(piece).dtype
+    return torch.bfloat16 if kind == FP8 and not hasattr(module, leaf + SCALE) else kind
+
+def held_bytes(tensor, kind):
+    """Bytes of a tensor held in a dtype, with its scales."""
+    scales = tensor.shape[:-2].numel() * math.prod(blocks_of(tensor.shape[-2:]))
+    return tensor.numel() * kind.itemsize + (4 * scales if kind == FP8 else 0)
+
+def put_tensor(model, name, pieces, stored, device, kind):
+    """Read a parameter or buffer to where it belongs; stacks are filled expert by expert."""
+    module, leaf = owner(model, name)
+    meta, dtype = getattr(module, leaf), None if kind == FP8 else kind
     if pieces[0] not in stored.files:  # a new head
-        return torch.empty_like(meta, device=device, dtype=dtype).normal_(0, model.config.initializer_range)
-    dtype = torch.float32 if name.endswith("e_score_correction_bias") else dtype
-    first = stored.get(pieces[0])
-    if len(pieces) == 1:
-        return first.to(device, dtype or first.dtype)
-    stack = torch.empty(meta.shape, dtype=dtype or first.dtype, device=device)
-    for place, piece in zip(stack, pieces, strict=True):
-        place.copy_(stored.get(piece))
-    return stack
+        weight = torch.empty(meta.shape, device=real_device(device), dtype=dtype)
+        found = weight.normal_(0, model.config.initializer_range), None
+    elif meta.ndim < 3:
+        found = stored.fetch(pieces[0], device, dtype)
+    elif device == "disk":
+        found = zip(*(stored.fetch(piece, device, None) for piece in pieces), strict=True)
+        found = [None if parts[0] is None else list(parts) for parts in found]
+    else:
+        found = fetch_stack(pieces, stored, device, dtype)
+    for place, value in zip((leaf, leaf + SCALE), found, strict=True):
+        if isinstance(value, list):
+            delattr(module, place)  # a plain list takes the parameter's place
+        elif value is not None and leaf in module._parameters:
+            value = nn.Parameter(value, requires_grad=dtype is not None)
+        if value is not None:
+            setattr(module, place, value)
 
-def stored_tensors(model):
-    """{name: tensor} as a checkpoint holds them, experts apart and MTP copies repeated."""
-    tensors = {}
+def fetch_stack(pieces, stored, device, dtype):
+    """Experts as one tensor, and their scales or None."""
+    stacks = [None, None]
+    for e, piece in enumerate(pieces):
+        found = stored.fetch(piece, device, dtype)
+        if e == 0:
+            stacks = [x if x is None else x.new_empty(len(pieces), *x.shape) for x in found]
+        if found[0].dtype != stacks[0].dtype:
+            raise ValueError(f"{piece}: {found[0].dtype}, the experts before it {stacks[0].dtype}")
+        for stack, part in zip(stacks, found, strict=True):
+            if part is not None:
+                stack[e] = part
+    return stacks
+
+def real_device(device):
+    return torch.device("cpu") if device == "disk" else device
+
+def move(value, device):
+    """A tensor, None, or a tuple of such, on a device."""
+    if isinstance(value, tuple):
+        return tuple(move(part, device) for part in value)
+    return None if value is None else value.to(device)
+
+def unit_of(name):
+    """What is placed as a whole: a layer, or the module that a parameter outside of layers is in."""
+    return re.match(r"(?:model\.)?layers\.\d+|.*(?=\.)", name)[0]
+
+def assign_devices(model, sizes, device_map, max_memory):
+    """{tensor name: device, or "disk"} by the rules of from_pretrained."""
+    if device_map in ("auto", "balanced", "sequential"):
+        device_map = automatic_map(model, sizes, max_memory, device_map != "sequential")
+    elif not isinstance(device_map, dict):
+        device_map = {"": "cpu" if device_map is None else device_map}
+    known, devices, homes = dict(model.named_modules()).keys() | sizes.keys(), {}, {}
+    for path in device_map.keys() - known:
+        raise ValueError(f"device_map: {path!r} is no part of the model")
+    for name in sizes:
+        path = name
+        while path and path not in device_map:
+            path = path.rpartition(".")[0]
+        if path not in device_map:
+            raise ValueError(f"device_map: no path in it covers {name}")
+        devices[name] = parse_device(device_map[path])
+        unit, home = unit_of(name), real_device(devices[name])
+        if homes.setdefault(unit, home) != home:
+            raise ValueError(f"device_map: {unit} would be split over {homes[unit]} and {home}")
+    return devices
+
+def parse_device(device):
+    """A torch.device, or "disk"; ValueError if there is no such device."""
+    if device == "disk":
+        return device
+    try:
+        device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device_map: {device!r} is no device ({error})") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device_map: there is no {device}, only {torch.cuda.device_count()} GPUs")
+    return device
+
+def automatic_map(model, sizes, max_memory, balanced):
+    """A device map by bytes, over max_memory or what is there."""
+    if max_memory is None:
+        gpus = range(torch.cuda.device_count())
+        room = {i: torch.cuda.mem_get_info(i)[0] * 9 // 10 for i in gpus}  # a tenth for activations
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 8 // 10
+        room |= {"cpu": memory, "disk": math.inf}
+    else:
+        room = {device: parse_size("max_memory", size) for device, size in max_memory.items()}
+    units, work = unit_sizes(model, sizes)
+    return plan_devices(units, {d: n - work * (d != "disk") for d, n in room.items()}, balanced)
+
+def unit_sizes(model, sizes):
+    """Bytes of each unit, a layer's with a cache of full length, and what dequantising takes beside."""
+    cache = 2 * (model.config.kv_lora_rank + model.config.qk_rope_head_dim)
+    units, matrices = {}, [0]
+    for name, size in sizes.items():
+        unit, tensor = unit_of(name), find_tensor(model, name)
+        full_cache = cache * model.config.max_position_embeddings * ("layers." in unit)
+        units[unit] = units.get(unit, full_cache) + size
+        matrices += [tensor.shape[-2:].numel()] * released_in_fp8(name, tensor)
+    # Weight and scales of one matrix in float32, and the result: 10 bytes a number for a moment.
+    return units, 10 * max(matrices)
+
+def plan_devices(sizes, room, balanced=True):
+    """{path: device} from {path: bytes} and {device: bytes}, in order; the CPU and the disk come last.
+
+    Balanced: the fullest GPU is as empty as it can be. Otherwise a GPU is filled before the next.
+    """
+    rest = {device: room[device] for device in ("cpu", "disk") if device in room}
+    gpus = {device: size for device, size in room.items() if device not in rest}
+
+    def fill(cap, rest):
+        room = iter([*((device, min(size, cap)) for device, size in gpus.items()), *rest.items()])
+        device, left, plan = "", -1, {}
+        for path, size in sizes.items():
+            while device is not None and size > left:
+                device, left = next(room, (None, 0))
+            plan[path] = device
+            left -= size
+        return plan
+
+    cap = max(gpus.values(), default=0)
+    if balanced:  # the smallest that is enough without the rest, if there is one
+        cap = bisect_left(range(cap), True, key=lambda cap: None not in fill(cap, {}).values())
+    plan = fill(cap, rest)
+    if None in plan.values():
+        raise ValueError(f"{sum(sizes.values()):,} bytes do not fit in {room}: add more, or 'disk'")
+    return plan
+
+def stored_tensors(model, quantize):
+    """Each (name, tensor) as a checkpoint holds it: experts apart, scales, MTP's copies."""
+    copies = mtp_copies(model)
     for name, pieces in released_names(model).items():
-        tensor = find_tensor(model, name).detach()
-        tensors |= dict(zip(pieces, tensor if len(pieces) > 1 else [tensor], strict=True))
-    if isinstance(model, DeepseekV3ForCausalLM):
-        tensors |= {name: tensors[of].clone() for name, of in mtp_copies(model.config).items()}
-    return tensors
+        module, leaf = owner(model, name)
+        weight, scale = getattr(module, leaf).detach(), getattr(module, leaf + SCALE, None)
+        to_fp8 = quantize is not None and scale is None and released_in_fp8(name, weight)
+        for e, piece in enumerate(pieces):
+            one = e if weight.ndim == 3 else ...
+            part = (weight[one], None) if scale is None else (weight[one], scale.detach()[one])
+            part = quantise(weight[one]) if to_fp8 else part
+            yield piece, part[0].contiguous()
+            if part[1] is not None:
+                yield piece + SCALE, part[1].contiguous()
+        yield from ((copy, weight.clone()) for copy, of in copies.items() if of in pieces)
 
-def save_pretrained(model, directory, max_shard_size="5GB"):
+def in_shards(tensors, limit):
+    """Dicts of tensors, of at most `limit` bytes or of one tensor."""
+    shard, size = {}, 0
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > limit:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    yield shard
+
+def save_pretrained(model, directory, max_shard_size="5GB", quantize=None):
     """Write config.json and the weights, MTP modules included, in files of at most max_shard_size.
 
-    Files are written beside the old ones and take their place when all are whole.
+    quantize: "fp8" writes FP8 blocks for the matrices that the release has in FP8; None writes what
+    is held. Killed at any moment, or out of disk, it leaves the older checkpoint or this one: new
+    files get names of their own, and count from one renaming on, config.json included.
     """
-    limit, directory = parse_size(max_shard_size), Path(directory)
-    shards, room = [], 0
-    for name, tensor in stored_tensors(model).items():
-        if not shards or tensor.nbytes > room:
-            shards.append({})
-            room = limit
-        shards[-1][name] = tensor.contiguous()
-        room -= tensor.nbytes
+    limit, directory = parse_size("max_shard_size", max_shard_size), Path(directory)
+    if quantize not in (None, "fp8"):
+        raise ValueError(f"{quantize=}: must be None or 'fp8'")
+    if any(isinstance(getattr(module, "gate_proj", None), list) for module in model.modules()):
+        raise ValueError("experts on disk are not saved: load the model to other devices")
+    config = saved_config(model, quantize)
+    pending = f".config.{hashlib.sha256(json.dumps(config).encode()).hexdigest()[:16]}.json"
+    metadata, parts, total = {"format": "pt", "config": pending}, [], 0
     directory.mkdir(parents=True, exist_ok=True)
-    older = {path.name for path in directory.glob("model*.safetensors")}
-    names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [f"model-{i:05d}-of-{len(shards):06d}.safetensors" for i in range(1, len(shards) + 1)]
-    for name, shard in zip(names, shards, strict=True):
-        save_file(shard, directory / f".{name}.tmp", metadata={"format": "pt"})
-    for name in names:
-        (directory / f".{name}.tmp").replace(directory / name)
-    if len(shards) > 1:
-        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        write_json(directory, INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    try:
+        for shard in in_shards(stored_tensors(model, quantize), limit):
+            save_file(shard, directory / f".part-{len(parts)}.tmp", metadata)
+            parts.append(list(shard))
+            total += sum(tensor.nbytes for tensor in shard.values())
+        write_json(directory, pending, config)
+        put_in_place(directory, parts, metadata, total)
+    except SafetensorError as error:
+        raise OSError(f"{directory}: {error}") from None
+    finally:
+        for path in directory.glob(".part-*.tmp"):
+            path.unlink()
+
+def put_in_place(directory, parts, metadata, total):
+    """Exchange an older checkpoint for the files .part-*.tmp, each step leaving one that is whole.
+
+    The one that counts is model.safetensors, else the index. Until the new one counts, no file of the
+    old one is touched; from then on its metadata name the config, until that is config.json.
+    """
+    numbers = [f"-{i + 1:05d}-of-{len(parts):06d}.safetensors" for i in range(len(parts))]
+    free = ([f"model{f'_{turn}' * (turn > 0)}{n}" for n in numbers] for turn in itertools.count())
+    names = [SINGLE]
+    if len(parts) > 1:
+        names = next(names for names in free if not any((directory / n).exists() for n in names))
+    for i, name in enumerate(names):
+        (directory / f".part-{i}.tmp").replace(directory / name)
+    if len(parts) > 1:
+        places = {name: file for file, part in zip(names, parts, strict=True) for name in part}
+        total_size = {"total_size": total}
+        write_json(directory, INDEX, {"metadata": metadata | total_size, "weight_map": places})
+        (directory / SINGLE).unlink(missing_ok=True)
     else:
         (directory / INDEX).unlink(missing_ok=True)
-    for name in older - set(names):
-        (directory / name).unlink()
-    model.config.extra |= {"architectures": [type(model).__name__]}
-    model.config.extra |= {"torch_dtype": str(model.dtype).removeprefix("torch.")}
-    model.config.save_pretrained(directory)
+    (directory / metadata["config"]).replace(directory / "config.json")
+    for path in (*directory.glob("model*.safetensors"), *directory.glob(".config.*.json")):
+        if path.name not in names:
+            path.unlink()
 
-def parse_size(size):
-    """Bytes of "5GB", "200MB" or a number; ValueError otherwise."""
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-    text = str(size).strip().upper()
-    number, unit = (text[:-2], units[text[-2:]]) if text[-2:] in units else (text, 1)
-    try:
-        count = float(number) * unit
-    except ValueError:
-        count = 0
-    if not 1 <= count < math.inf:
-        raise ValueError(f"max_shard_size={size!r}: must be bytes, or like '5GB' or '200MB'")
-    return int(count)
+def saved_config(model, quantize):
+    """The config.json that goes with the weights, a dict."""
+    content = model.config.to_dict() | {"architectures": [type(model).__name__]}
+    dtype = "dtype" if "dtype" in content else "torch_dtype"  # transformers has used both names
+    content[dtype] = str(model.dtype).removeprefix("torch.")
+    given = content.pop("quantization_config", None)
+    if quantize or holds_fp8(model):
+        content["quantization_config"] = given if given and holds_fp8(model) else QUANTIZATION
+    return content
+
+def parse_size(name, size):
+    """Bytes of "5GB", "200MB", "16GiB" or a number; ValueError names the argument."""
+    match = re.fullmatch(r"(\d+(?:\.\d*)?)\s*(?:([KMGT])(I?)B)?", str(size).strip().upper())
+    unit = (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " ") if match else 0
+    if not match or float(match[1]) * unit < 1:
+        raise ValueError(f"{name}={size!r}: must be bytes, or like '5GB' or '200MB'")
+    return int(float(match[1]) * unit)
 
 PreTrainedModel.device = property(lambda self: next(self.parameters()).device)
 PreTrainedModel.dtype = property(lambda self: next(self.parameters()).dtype)
+PreTrainedModel._apply = apply_to_tensors
 PreTrainedModel.from_pretrained = classmethod(load_pretrained)
 PreTrainedModel.save_pretrained = save_pretrained
 
@@ -1851,12 +2171,14 @@ def train_command(options):
         print(f"\n\nNext: python deepseek_v3.py generate {options.out} {json.dumps(prompt)}")
 
 def generate_command(options):
-    """Continue a prompt with the model of a folder."""
-    model = DeepseekV3ForCausalLM.from_pretrained(options.directory)
+    """Continue a prompt, or answer it, with the model of a folder."""
+    prompt = chat_prompt(options.directory, options.prompt) if options.chat else options.prompt
+    model = DeepseekV3ForCausalLM.from_pretrained(options.directory, device_map="auto")
     tokenizer = Tokenizer.from_file(str(Path(options.directory) / "tokenizer.json"))
     steps, draft = [], {"use_mtp": options.mtp, "num_draft_tokens": options.draft_tokens}
+    draft |= {"statistics": steps, "echo": not options.chat}
     how = options.max_new_tokens, options.temperature, options.seed
-    stream_text(model, tokenizer, options.prompt, *how, statistics=steps, **draft)
+    stream_text(model, tokenizer, prompt, *how, **draft)
     print()
     if steps:
         print(draft_report(steps), file=sys.stderr)
@@ -1869,15 +2191,42 @@ def draft_report(steps):
     parts = ", ".join(f"{sum(stood) / len(stood):.0%}" for stood in asked)
     return f"{tokens_a_step:.2f} tokens a step; drafts accepted by position: {parts}"
 
-def stream_text(model, tokenizer, prompt, max_new_tokens, temperature, seed, **drafting):
+def chat_prompt(directory, text):
+    """The text of a user as the folder's own chat template puts it to the model."""
+    try:
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        raise ValueError("--chat needs jinja2: pip install jinja2") from None
+    file, settings = Path(directory) / "chat_template.jinja", {}
+    if (Path(directory) / "tokenizer_config.json").is_file():
+        settings = read_json(directory, "tokenizer_config.json")
+    template = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = {each.get("name"): each.get("template") for each in template}.get("default")
+    if not isinstance(template, str):
+        raise ValueError(f"{directory}: no chat template in its tokenizer_config.json")
+    tokens = {name: settings.get(name) or "" for name in ("bos_token", "eos_token")}
+    names = {n: t["content"] if isinstance(t, dict) else t for n, t in tokens.items()}
+    messages = [{"role": "user", "content": text}]
+    try:
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        chat = environment.from_string(template)
+        return chat.render(messages=messages, add_generation_prompt=True, **names)
+    except TemplateError as error:
+        raise ValueError(f"{directory}: its chat template fails ({error})") from None
+
+def stream_text(model, tokenizer, prompt, max_new_tokens, temperature, seed, echo=True, **drafting):
     """Print the prompt and, as it comes, its continuation; whole characters only."""
-    ids = [tokenizer.token_to_id(BOS), *tokenizer.encode(prompt, add_special_tokens=False).ids]
+    ids, bos = tokenizer.encode(prompt, add_special_tokens=False).ids, model.config.bos_token_id
+    if bos is not None and ids[:1] != [bos]:  # a chat template may have begun the sentence
+        ids = [bos, *ids]
     stream = DecodeStream(skip_special_tokens=True)
 
     def show(token):
         print(stream.step(tokenizer, int(token[0])) or "", end="", flush=True)
 
-    print(prompt, end="", flush=True)
+    print(prompt * echo, end="", flush=True)
     model.generate(
         torch.tensor([ids], device=model.device),
         max_new_tokens=max_new_tokens,
@@ -1887,6 +2236,88 @@ def stream_text(model, tokenizer, prompt, max_new_tokens, temperature, seed, **d
         streamer=show,
         **drafting,
     )
+
+def info_command(options):
+    """Parameters, bytes and FLOPs of a config.json or a folder, and its split over GPUs."""
+    path = Path(options.path)
+    folder, file = (path, "config.json") if path.is_dir() else (path.parent, path.name)
+    config = DeepseekV3Config.from_pretrained(folder, file)
+    with torch.device("meta"):
+        model = DeepseekV3ForCausalLM(config)
+    stored = path.is_dir() and any((path / name).is_file() for name in (SINGLE, INDEX))
+    kinds = stored_kinds(model, Checkpoint(path)) if stored else assumed_kinds(model)
+    sizes = {name: held_bytes(find_tensor(model, name), kind) for name, kind in kinds.items()}
+    print_sizes(config, count_parameters(model), kinds, sizes, model)
+    if options.gpus:
+        print_split(model, sizes, options.gpus, options.gpu_memory)
+
+def stored_kinds(model, stored):
+    """{name: dtype} that a folder's tensors would be held in; ValueError if one is not as it must be."""
+    sources = released_names(model)
+    check_coverage(model, stored, sources, model.config)
+    return {name: held_kind(model, name, stored, sources[name][0], None) for name in sources}
+
+def assumed_kinds(model):
+    """{name: dtype} of a model without files: as released, in FP8 if its config says so."""
+    fp8, kinds = "quantization_config" in model.config.extra, {}
+    for name in released_names(model):
+        matrix = fp8 and released_in_fp8(name, find_tensor(model, name))
+        plain = torch.float32 if name.endswith("correction_bias") else torch.bfloat16
+        kinds[name] = FP8 if matrix else plain
+    return kinds
+
+def count_parameters(model):
+    """Parameters of the main model and of MTP: [all, those that a token visits] each."""
+    share = model.config.num_experts_per_tok / model.config.n_routed_experts
+    mtp = tuple(f"model.layers.{block.self_attn.layer_idx}." for block in model.mtp_blocks)
+    main, extra = [0, 0], [0, 0]
+    for name, parameter in model.named_parameters():
+        counts = extra if name.startswith(mtp) else main
+        counts[0] += parameter.numel()
+        counts[1] += round(parameter.numel() * (share if parameter.ndim == 3 else 1))
+    return main, extra
+
+def print_sizes(config, counts, kinds, sizes, model):
+    """What the weights, the cache and training take."""
+    (total, active), (mtp_total, mtp_active) = counts
+    by_kind = dict.fromkeys(KINDS.values(), 0)
+    for name, kind in kinds.items():
+        plain = find_tensor(model, name).numel() * kind.itemsize
+        by_kind[kind] += plain
+        by_kind[torch.float32] += sizes[name] - plain  # scales
+    labels = dict(zip(KINDS.values(), ("FP8", "BF16", "F32", "F64"), strict=True))
+    split = ", ".join(f"{labels[kind]} {size:,}" for kind, size in by_kind.items() if size)
+    L, T = config.num_hidden_layers, 4096
+    cache = 2 * L * (config.kv_lora_rank + config.qk_rope_head_dim)
+    widths = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+    flop = 6 * (active - config.vocab_size * config.hidden_size)
+    flop += 3 * L * config.num_attention_heads * widths * T  # causal: half of a square
+    context = config.max_position_embeddings
+    print(f"parameters  {total:,} total, {active:,} activated a token")
+    mtp_active += 2 * config.vocab_size * config.hidden_size * (mtp_total > 0)
+    print(f"MTP         {mtp_total:,} more, {mtp_active:,} activated with embedding and head")
+    print(f"weights     {sum(sizes.values()):,} bytes: {split}")
+    print(f"cache       {cache:,} bytes a token, {cache * context:,} at {context:,} tokens (BF16)")
+    print(f"training    {flop / 1e9:.2f} GFLOP a token at {T:,} tokens")
+
+def print_split(model, sizes, gpus, gib):
+    """Which layers each GPU would hold, with bars; or how many GPUs it would take."""
+    units, work = unit_sizes(model, sizes)
+    room = int(gib * 2**30) - work
+    if max(units.values()) > room:
+        least = (max(units.values()) + work) / 2**30
+        raise ValueError(f"--gpu-memory {gib:g}: must be {least:.1f} GiB or more, for one layer")
+    needed = 1 + max(plan_devices(units, dict.fromkeys(range(len(units)), room), False).values())
+    if needed > gpus:
+        print(f"{gpus} GPUs of {gib:g} GiB do not hold it: it takes {needed}")
+        return
+    plan = plan_devices(units, dict.fromkeys(range(gpus), room))
+    for gpu in range(gpus):
+        held = [unit for unit in units if plan[unit] == gpu] or ["nothing"]
+        used = sum(units.get(unit, 0) for unit in held) / 2**30
+        bar = "█" * round(30 * used / gib)
+        line = f"GPU {gpu:<3} {bar:░<30} {used:6.1f} GiB used, {gib - used:6.1f} free"
+        print(f"{line}  {held[0]} … {held[-1]}")
 
 def parser():
     """The command line: one sub-command for each function above."""
@@ -1918,11 +2349,17 @@ def parser():
     run.set_defaults(run=generate_command)
     run.add_argument("directory", help="checkpoint folder")
     run.add_argument("prompt")
+    run.add_argument("--chat", action="store_true", help="answer, by the model's chat template")
     run.add_argument("--max-new-tokens", type=int, default=200)
     run.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--mtp", action="store_true", help="draft with the MTP modules: fewer steps")
     run.add_argument("--draft-tokens", type=int, help="drafted a step (default: one an MTP module)")
+    info = commands.add_parser("info", help="parameters, bytes and FLOPs of a model")
+    info.set_defaults(run=info_command)
+    info.add_argument("path", help="checkpoint folder or config.json")
+    info.add_argument("--gpus", type=int, help="show how it would lie on so many GPUs")
+    info.add_argument("--gpu-memory", type=float, default=80, help="GiB of each")
     return main
 
 def main(arguments=None):

@@ -62,7 +62,7 @@ SHAPES = {
     "yarn_without_mscale": yarn(10, 64),
     "yarn_attention_factor": yarn(10, 64, attention_factor=1.5, mscale_all_dim=1.0),
 }
-# Deciding the experts by scores + bias, in (-3, -1) where negative: a 0 would beat them all.
+# Mean and spread. Under a negative bias every score + bias is below 0: a 0 would beat them all.
 BIASES = {"zero_bias": (0.0, 0.0), "negative_bias": (-2.0, 0.3), "mixed_bias": (0.0, 0.5)}
 
 every_shape = pytest.mark.parametrize("shape", SHAPES)

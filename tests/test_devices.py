@@ -1,0 +1,265 @@
+"""Placing a model over devices by bytes, hopping between them, and running experts from disk."""
+
+import math
+from functools import cache
+
+import pytest
+import torch
+from checkpoints import ragged
+from helpers import V3, build, tiny, tokens
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import deepseek_v3
+from deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM, LatentCache, plan_devices
+
+load = DeepseekV3ForCausalLM.from_pretrained
+GB = 10**9
+
+# ---- The plan, a pure function ----
+
+SIZES = {"embed": 4, "layers.0": 1, "layers.1": 20, "layers.2": 20, "layers.3": 20, "head": 4}
+
+
+def loads(plan, sizes):
+    return {device: sum(sizes[p] for p, d in plan.items() if d == device) for device in plan.values()}
+
+
+@pytest.mark.parametrize(
+    ("room", "balanced", "expected"),
+    [
+        ({0: 100, 1: 100}, False, [0, 0, 0, 0, 0, 0]),
+        ({0: 100, 1: 100}, True, [0, 0, 0, 1, 1, 1]),
+        ({0: 30, 1: 30, 2: 30}, False, [0, 0, 0, 1, 2, 2]),
+        ({0: 30, 1: 30, "cpu": 100}, False, [0, 0, 0, 1, "cpu", "cpu"]),
+        ({0: 30, 1: 30, "cpu": 100}, True, [0, 0, 0, 1, "cpu", "cpu"]),  # overflow: the GPUs are full
+        ({"cpu": 30, 0: 30, "disk": math.inf}, True, [0, 0, 0, "cpu", "disk", "disk"]),  # GPUs come first
+        ({"cpu": 100}, True, ["cpu"] * 6),
+        ({"disk": 100, "cpu": 5}, True, ["cpu", "cpu", "disk", "disk", "disk", "disk"]),
+        ({0: 3, 1: 100}, True, [1, 1, 1, 1, 1, 1]),  # too small for the first one
+        ({0: -5, 1: 100}, False, [1, 1, 1, 1, 1, 1]),  # full of something else
+    ],
+)
+def test_the_plan(room, balanced, expected):
+    assert list(plan_devices(SIZES, room, balanced).values()) == expected
+
+
+def test_balanced_means_by_bytes():
+    """Dense layers are 20 times lighter: counting layers would fill the second GPU first."""
+    sizes = {f"layers.{i}": 1 if i < 12 else 20 for i in range(24)}
+    plan = plan_devices(sizes, {0: 10**6, 1: 10**6})
+    assert loads(plan, sizes) == {0: 132, 1: 120}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_plan_keeps_order_and_room(seed):
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.randint(1, 100, (30,), generator=generator).tolist()
+    sizes, room = {f"layers.{i}": n for i, n in enumerate(numbers)}, {0: 500, 1: 400, 2: 700, "cpu": 300}
+    room["disk"] = math.inf
+    for balanced in (False, True):
+        plan = plan_devices(sizes, room, balanced)
+        order = [list(room).index(device) for device in plan.values()]
+        assert order == sorted(order)
+        assert all(used <= room[device] for device, used in loads(plan, sizes).items())
+
+
+def test_what_does_not_fit_is_told_with_its_bytes():
+    with pytest.raises(ValueError, match="69 bytes do not fit"):
+        plan_devices(SIZES, {0: 30, 1: 30})
+
+
+# ---- 671B on 8 GPUs ----
+
+
+@cache
+def released():
+    """The model on meta and the bytes of its tensors as released."""
+    with torch.device("meta"):
+        model = DeepseekV3ForCausalLM(DeepseekV3Config(**V3))
+    kinds = deepseek_v3.assumed_kinds(model)
+    sizes = {n: deepseek_v3.held_bytes(deepseek_v3.find_tensor(model, n), k) for n, k in kinds.items()}
+    return model, sizes
+
+
+def test_8_gpus_of_141_gb_hold_671b_in_fp8_with_room_to_spare():
+    model, sizes = released()
+    room = {i: "141GB" for i in range(8)}
+    devices = deepseek_v3.assign_devices(model, sizes, "balanced", room)
+    used = loads(devices, sizes)
+    assert sum(used.values()) == 688_574_839_360 - 2 * 129280 * 7168 * 2  # MTP's copies are not held
+    assert max(used.values()) < 100 * GB
+    assert len(used) == 8
+
+
+@pytest.mark.parametrize("room", [{0: "80GB", "disk": "700GB"}, {0: "24GB", "cpu": "256GB", "disk": "1TB"}])
+def test_what_a_gpu_cannot_hold_goes_to_cpu_and_disk(room):
+    model, sizes = released()
+    used = loads(deepseek_v3.assign_devices(model, sizes, "auto", room), sizes)
+    assert {str(device).replace("cuda:", "") for device in used} == {str(device) for device in room}
+    for device, size in room.items():
+        held = used[deepseek_v3.parse_device(device)]
+        assert held < deepseek_v3.parse_size("room", size)
+
+
+@pytest.fixture(autouse=True)
+def eight_gpus(monkeypatch):
+    """Placing needs no GPU, only their number."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+
+
+# ---- A dict of prefixes ----
+
+
+def devices(model):
+    return {name: str(p.device) for name, p in model.named_parameters()}
+
+
+def test_the_longest_prefix_at_a_dot_counts(tmp_path):
+    build(num_hidden_layers=12).save_pretrained(tmp_path)
+    placed = devices(load(tmp_path, device_map={"": "cpu", "model.layers.1": "meta", "lm_head": "meta"}))
+    on_meta = {name for name, device in placed.items() if device == "meta"}
+    assert on_meta == {name for name in placed if name.startswith(("model.layers.1.", "lm_head."))}
+
+
+@pytest.mark.parametrize("device_map", ["meta", torch.device("meta"), {"": "meta"}])
+def test_one_device_takes_parameters_and_router_biases(tmp_path, device_map):
+    build().save_pretrained(tmp_path)
+    model = load(tmp_path, device_map=device_map)
+    assert set(devices(model).values()) == {"meta"}
+    assert {str(b.device) for n, b in model.named_buffers() if "bias" in n} == {"meta"}
+    assert model.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("device_map", "named"),
+    [
+        ({"model.embed_tokens": "cpu", "model.layers": "cpu", "lm_head": "cpu"}, "model.norm"),
+        ({}, "model.embed_tokens"),
+        ({"": "cpu", "model.layer": "cpu"}, "'model.layer'"),
+        ({"": "cpu", "model.layers.77": "cpu"}, "'model.layers.77'"),
+        ({"": "cpu", "model.layers.1.mlp": "meta"}, "model.layers.1"),
+        ({"": "gpu7"}, "gpu7"),
+        ("gpu7", "gpu7"),
+        ({"": "cuda:99"}, "cuda:99"),
+    ],
+)
+def test_a_map_that_cannot_work_is_named(tmp_path, device_map, named):
+    build().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=named):
+        load(tmp_path, device_map=device_map)
+
+
+# ---- Numbers: CPU and disk ----
+
+MAPS = {
+    "disk": "disk",
+    "one layer": {"": "cpu", "model.layers.1": "disk"},
+    "experts": {"": "cpu"} | {f"model.layers.{i}.mlp.experts": "disk" for i in (1, 2, 3)},
+    "overflow": "auto",
+}
+
+
+@pytest.mark.parametrize("quantize", [None, "fp8"])
+@pytest.mark.parametrize("where", MAPS)
+def test_a_model_on_disk_computes_the_same(tmp_path, where, quantize):
+    ragged().save_pretrained(tmp_path, quantize=quantize, max_shard_size="100KB")
+    whole = load(tmp_path)
+    size = sum(p.nbytes for p in whole.parameters())
+    room = {"cpu": size * 3 // 4, "disk": "1TB"} if where == "overflow" else None
+    spilt = load(tmp_path, device_map=MAPS[where], max_memory=room)
+    assert sum(p.nbytes for p in spilt.parameters()) < size
+    ids = tokens(2, 7)
+    with torch.no_grad():
+        expected, found = whole(ids, output_mtp=True), spilt(ids, output_mtp=True)
+    # A stack in bfloat16 runs as one grouped product, a list on disk an expert at a time.
+    tolerance = dict(rtol=0, atol=0 if quantize else 0.05)
+    torch.testing.assert_close(found.logits, expected.logits, **tolerance)
+    torch.testing.assert_close(found.mtp_logits[0], expected.mtp_logits[0], **tolerance)
+    if quantize:
+        assert torch.equal(spilt.generate(ids, max_new_tokens=3), whole.generate(ids, max_new_tokens=3))
+
+
+def test_only_the_experts_that_are_hit_are_read(tmp_path, monkeypatch):
+    ragged().save_pretrained(tmp_path, quantize="fp8")
+    model, seen = load(tmp_path, device_map="disk"), []
+    experts = model.model.layers[1].mlp.experts
+    place = {id(t): e for e, t in enumerate(experts.up_proj)}
+    dequantise = deepseek_v3.dequantise
+    monkeypatch.setattr(deepseek_v3, "dequantise", lambda w, *a: (seen.append(place.get(id(w))), dequantise(w, *a))[1])
+    with torch.no_grad():
+        routing = model(tokens(1, 1), output_routing=True).routing[0]
+    assert sorted(e for e in seen if e is not None) == sorted(routing.indices.flatten().tolist())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_experts_on_disk_serve_any_dtype(tmp_path, dtype):
+    ragged().save_pretrained(tmp_path, quantize="fp8")
+    spilt, whole = (load(tmp_path, device_map=where, dtype=dtype) for where in ("disk", "cpu"))
+    assert isinstance(spilt.model.layers[1].mlp.experts.up_proj, list)
+    with torch.no_grad():
+        found, expected = (model(tokens(1, 7)).logits for model in (spilt, whole))
+    tolerance = dict(rtol=0, atol=0.05 if dtype == torch.bfloat16 else 1e-4)
+    torch.testing.assert_close(found, expected, **tolerance)
+
+
+def test_a_model_with_experts_on_disk_is_not_saved(tmp_path):
+    ragged().save_pretrained(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    model = load(tmp_path, device_map="disk")
+    for folder in (tmp_path, tmp_path / "elsewhere"):
+        with pytest.raises(ValueError, match="disk"):
+            model.save_pretrained(folder)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+# ---- Hops, on devices that need not exist ----
+
+
+def spread_over(model, places):
+    """Move parts of a model made of fake tensors."""
+    for path, device in places.items():
+        for module in model.get_submodule(path).modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    moved = None if tensor is None else tensor.detach().to(device)
+                    is_parameter = isinstance(tensor, torch.nn.Parameter)
+                    tensors[name] = torch.nn.Parameter(moved) if is_parameter else moved
+    return model
+
+
+# In fake mode a tensor on "meta" may come back, and mixing the two devices is refused.
+PLACES = {"model.layers.1": "meta", "model.layers.3": "meta", "model.norm": "meta"}
+
+
+@pytest.mark.parametrize("places", [PLACES, PLACES | {"model.layers.2": "meta", "model.norm": "cpu", "lm_head": "meta"}])
+def test_every_hop_is_made_and_the_answer_comes_home(places):
+    """Fake tensors refuse a product of two devices: a forgotten hop is an error here."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        model = spread_over(DeepseekV3ForCausalLM(tiny()).eval(), places)
+        embeds, cache = torch.zeros(2, 6, 32), LatentCache()
+        # Routing depends on numbers, which fake tensors lack; experts have their own tests.
+        for block in model.model.layers[1:]:
+            block.mlp.experts.forward = lambda x, indices, weights: x
+        out = model(inputs_embeds=embeds, past_key_values=cache, output_mtp=True)
+        assert str(out.logits.device) == str(out.mtp_logits[0].device) == "cpu"
+        expected = [places.get(f"model.layers.{i}", "cpu") for i in range(3)]
+        assert [str(cache.layers[i].device) for i in range(3)] == expected
+        chunk = model(inputs_embeds=embeds[:, :2], past_key_values=cache)  # behind a cache, it has a pattern that hops
+        assert str(chunk.logits.device) == "cpu"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("quantize", [None, "fp8"])
+@pytest.mark.parametrize(
+    "device_map",
+    ["cuda", {"": "cpu", "model.layers.1": "cuda"}, {"": "cuda", "model.layers.1": "cpu", "model.layers.2": "disk"}],
+)
+def test_cpu_and_gpu_together_compute_the_same(tmp_path, device_map, quantize):
+    ragged().save_pretrained(tmp_path, quantize=quantize)
+    whole, split = load(tmp_path), load(tmp_path, device_map=device_map)
+    ids = tokens(2, 7)
+    with torch.no_grad():
+        expected = whole(ids).logits
+        found = split(ids.to(split.device)).logits
+    torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=0.1)

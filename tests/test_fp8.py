@@ -1,0 +1,254 @@
+"""FP8: blocks of 128 x 128 with ragged edges, read, kept, dequantised and written as released."""
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from checkpoints import INDEX, RAGGED, ragged, read, released_layout, write
+from helpers import FP8, V31, router_biases, tiny, tokens
+from torch.distributed.checkpoint.quantized_hf_storage import QuantizedHuggingFaceStorageReader
+
+from deepseek_v3 import DeepseekV3ForCausalLM, dequantise, quantise
+
+E4M3 = torch.float8_e4m3fn
+# One block, the released 576 rows, what transformers mis-scales, one more and one less than a block.
+SHAPES = [(128, 128), (576, 256), (192, 448), (129, 127), (1, 1), (5, 300)]
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def fp8_folder(tmp_path, **options):
+    """A model and the folder of its FP8 checkpoint."""
+    model = ragged()
+    model.save_pretrained(tmp_path / "fp8", quantize="fp8", **options)
+    return model, tmp_path / "fp8"
+
+
+# ---- Blocks ----
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_each_number_is_multiplied_by_the_scale_of_its_block(shape):
+    rows, columns = shape
+    weight, scale = random(*shape).to(E4M3), random(-(-rows // 128), -(-columns // 128), seed=1).exp()
+    ours, codes = dequantise(weight, scale, torch.float32), weight.float()
+    for i in range(rows):
+        expected = torch.stack([codes[i, j] * scale[i // 128, j // 128] for j in range(columns)])
+        assert torch.equal(ours[i], expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_largest_number_of_each_block_becomes_448(shape):
+    weight = random(*shape)
+    codes, scale = quantise(weight)
+    assert codes.dtype == E4M3
+    assert scale.dtype == torch.float32
+    assert scale.shape == (-(-shape[0] // 128), -(-shape[1] // 128))
+    for i, row in enumerate(scale):
+        for j, found in enumerate(row):
+            block = weight[i * 128 : i * 128 + 128, j * 128 : j * 128 + 128]
+            assert found == block.abs().max() / 448
+            assert codes[i * 128 : i * 128 + 128, j * 128 : j * 128 + 128].float().abs().max() == 448
+    # E4M3 has 3 bits behind the point: half a step is 1/16 of a number, or 2^-10 of a scale near 0.
+    error = (dequantise(codes, scale, torch.float32) - weight).abs()
+    assert (error <= weight.abs() / 16 + scale.max() * 2**-10).all()
+
+
+def test_a_block_of_zeros_has_scale_one():
+    weight = torch.zeros(130, 130)
+    weight[129, 129] = 7.0
+    codes, scale = quantise(weight)
+    assert scale.tolist() == [[1, 1], [1, 7 / 448]]
+    assert torch.equal(dequantise(codes, scale, torch.float32), weight)
+
+
+def test_quantising_what_was_dequantised_is_exact():
+    codes, scale = quantise(random(300, 200))
+    again, scale_again = quantise(dequantise(codes, scale, torch.float32))
+    torch.testing.assert_close(scale_again, scale)
+    assert torch.equal(again.view(torch.uint8), codes.view(torch.uint8))
+
+
+# ---- Reading ----
+
+
+def test_reads_what_torch_reads(tmp_path):
+    """torch.distributed's reader, which knows these blocks too, is the oracle for every matrix."""
+    _, folder = fp8_folder(tmp_path, max_shard_size="100KB")
+    stored = read(folder)
+    wanted = {name: torch.zeros(t.shape) for name, t in stored.items() if t.dtype == E4M3}
+    dcp.load(wanted, storage_reader=QuantizedHuggingFaceStorageReader(str(folder)), no_dist=True)
+    model = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "plain")
+    plain = read(tmp_path / "plain")
+    assert len(wanted) > 100
+    for name, expected in wanted.items():
+        assert torch.equal(plain[name], expected), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_fp8_kept_and_fp8_dequantised_compute_the_same(tmp_path, dtype):
+    _, folder = fp8_folder(tmp_path)
+    kept = DeepseekV3ForCausalLM.from_pretrained(folder)
+    full = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=dtype)
+    assert {p.dtype for p in full.parameters()} == {dtype}
+    ids = tokens(2, 9)
+    with torch.no_grad():
+        ours, theirs = kept(ids, output_mtp=True), full(ids, output_mtp=True)
+    tolerance = dict(rtol=0, atol=0.05 * theirs.logits.abs().max().item())
+    torch.testing.assert_close(ours.logits.float(), theirs.logits.float(), **tolerance)
+    torch.testing.assert_close(ours.mtp_logits[0].float(), theirs.mtp_logits[0].float(), **tolerance)
+
+
+def test_fp8_kept_computes_exactly_what_its_dequantised_weights_do(tmp_path):
+    """In one dtype and by one path: the experts of both run one at a time."""
+    _, folder = fp8_folder(tmp_path)
+    kept = DeepseekV3ForCausalLM.from_pretrained(folder)
+    full = copy.deepcopy(kept)
+    for module in full.modules():
+        for name in ("weight", "gate_proj", "up_proj", "down_proj"):
+            scale, weight = getattr(module, f"{name}_scale_inv", None), getattr(module, name, None)
+            if scale is not None and weight.ndim == 2:
+                setattr(module, f"{name}_scale_inv", None)
+                setattr(module, name, torch.nn.Parameter(dequantise(weight, scale, torch.bfloat16)))
+    ids = tokens(2, 9)
+    with torch.no_grad():
+        assert torch.equal(kept(ids).logits, full(ids).logits)
+        assert torch.equal(kept.generate(ids, max_new_tokens=4), full.generate(ids, max_new_tokens=4))
+
+
+def test_dtype_none_keeps_fp8_for_the_matrices_and_nothing_else(tmp_path):
+    _, folder = fp8_folder(tmp_path)
+    model = DeepseekV3ForCausalLM.from_pretrained(folder)
+    fp8 = {n for n, p in model.named_parameters() if p.dtype == E4M3}
+    assert {n.split(".")[-2] for n in fp8 if n.endswith(".weight")} == {
+        "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj",
+        "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+    assert "model.layers.1.mlp.experts.gate_proj" in fp8
+    assert model.dtype == torch.bfloat16
+    assert {b.dtype for b in router_biases(model)} == {torch.float32}
+    assert not any(p.requires_grad for p in model.parameters() if p.dtype == E4M3)
+
+
+def test_scales_may_lie_in_another_shard(tmp_path):
+    _, folder = fp8_folder(tmp_path)
+    tensors, config = read(folder), json.loads((folder / "config.json").read_text())
+    write(tmp_path / "dealt", dict(sorted(tensors.items())), config, shards=2)
+    weight_map = json.loads((tmp_path / "dealt" / INDEX).read_text())["weight_map"]
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert weight_map[name] != weight_map[f"{name}_scale_inv"]
+    one, two = (DeepseekV3ForCausalLM.from_pretrained(d) for d in (folder, tmp_path / "dealt"))
+    assert torch.equal(one(tokens(1, 5)).logits, two(tokens(1, 5)).logits)
+
+
+def test_scales_are_numbers_whatever_the_config_calls_them(tmp_path):
+    """V3.1 says ue8m0, stores float32, and not all of it powers of two."""
+    _, folder = fp8_folder(tmp_path)
+    before = DeepseekV3ForCausalLM.from_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = V31["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    after = DeepseekV3ForCausalLM.from_pretrained(folder)
+    assert torch.equal(before(tokens(1, 5)).logits, after(tokens(1, 5)).logits)
+    after.save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert again["quantization_config"] == V31["quantization_config"]
+
+
+def test_a_model_in_fp8_is_not_cast_without_its_scales(tmp_path):
+    model = DeepseekV3ForCausalLM.from_pretrained(fp8_folder(tmp_path)[1])
+    with pytest.raises(ValueError, match="dtype="):
+        model.to(torch.bfloat16)
+    with pytest.raises(ValueError, match="dtype="):
+        model.float()
+    assert model.to("cpu") is model
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("quant_method", "gptq"), ("weight_block_size", [64, 64]), ("weight_block_size", None), ("fmt", "e5m2")],
+)
+def test_another_quantization_is_refused_by_name(tmp_path, key, value):
+    _, folder = fp8_folder(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"][key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=key) as error:
+        DeepseekV3ForCausalLM.from_pretrained(folder)
+    assert repr(value) in str(error.value)
+
+
+# ---- Writing ----
+
+
+def test_what_is_kept_in_fp8_is_written_bit_for_bit(tmp_path):
+    _, folder = fp8_folder(tmp_path)
+    DeepseekV3ForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    before, after = read(folder), read(tmp_path / "again")
+    assert before.keys() == after.keys()
+    for name in before:
+        assert torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8)), name
+
+
+def test_exactly_the_released_matrices_are_quantised(tmp_path):
+    """Named from the released list: it has all kinds of layers, MTP too."""
+    _, folder = fp8_folder(tmp_path)
+    released = {name.replace(".61.", ".3."): dtype for name, (dtype, _) in released_layout().items()}
+    names = {"F8_E4M3": E4M3, "BF16": torch.bfloat16, "F32": torch.float32}
+    for name, tensor in read(folder).items():
+        like = name.replace("layers.1.", "layers.3.").replace("layers.2.", "layers.3.")
+        assert tensor.dtype == names[released[like]], name
+    config = json.loads((folder / "config.json").read_text())
+    assert config["quantization_config"] == FP8
+
+
+def test_written_fp8_is_near_the_weights(tmp_path):
+    model, folder = fp8_folder(tmp_path)
+    full = dict(DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(full[name], parameter.float(), rtol=1 / 16, atol=1e-3)
+
+
+def test_dequantised_weights_are_written_without_quantization(tmp_path):
+    _, folder = fp8_folder(tmp_path)
+    model = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    assert "quantization_config" not in model.config.to_dict()
+    model.save_pretrained(tmp_path / "plain")
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert not any(name.endswith("_scale_inv") for name in read(tmp_path / "plain"))
+
+
+def test_transformers_reads_what_was_dequantised(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    _, folder = fp8_folder(tmp_path)
+    model = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "plain")
+    theirs = transformers.DeepseekV3ForCausalLM.from_pretrained(tmp_path / "plain")
+    ids = tokens(1, 7)
+    torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_one_expert_is_a_stack_too(tmp_path):
+    model = ragged(n_routed_experts=1, n_group=1, topk_group=1, num_experts_per_tok=1)
+    model.save_pretrained(tmp_path, quantize="fp8")
+    assert "model.layers.1.mlp.experts.0.up_proj.weight_scale_inv" in read(tmp_path)
+    again = DeepseekV3ForCausalLM.from_pretrained(tmp_path)
+    assert again.model.layers[1].mlp.experts.up_proj.shape == (1, 144, 136)
+
+
+@pytest.mark.parametrize("quantize", ["int8", True, "FP8"])
+def test_an_unknown_quantisation_is_refused(tmp_path, quantize):
+    with pytest.raises(ValueError, match="quantize"):
+        ragged().save_pretrained(tmp_path, quantize=quantize)
+    assert not list(tmp_path.iterdir())
+
+
+def test_ragged_config_is_ragged_everywhere():
+    config = tiny(**RAGGED)
+    widths = (config.hidden_size, config.intermediate_size, config.moe_intermediate_size)
+    assert all(width % 128 for width in (*widths, config.q_lora_rank, config.kv_lora_rank))
