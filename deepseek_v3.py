@@ -983,25 +983,23 @@ class Sampling:
         return torch.multinomial(probs, 1, generator=self.generator).squeeze(-1)
 
     def accept(self, drafts, q, p):
-        """Speculative sampling: how many drafts stand, and the token behind them -> (B), (B).
+        """Speculative sampling: how many drafts stand (B), and the token behind them (B).
 
-        drafts (B, T-1) were drawn from q (B, T-1, vocab); p (B, T, vocab) is what the model says of
-        each and of one token more. Greedy decoding is the case of all p and q on one token.
+        drafts (B, T-1) were drawn from q (B, T-1, vocab); p (B, T, vocab) is the model's, of one more.
         """
         # Draft x stands with probability min(1, p(x) / q(x)). Behind the last that stands, the token
         # is drawn from max(p - q, 0), normalised: what p has more of than drafting offered; where
         # all stand, nothing was offered, q = 0. So every token is distributed exactly as p.
-        chance = torch.zeros_like(q[..., 0])  # (B, T-1)
+        chance = torch.zeros_like(q[..., 0])
         if self.do_sample:
             chance.uniform_(generator=self.generator)
         p_x, q_x = (probs.gather(-1, drafts.unsqueeze(-1)).squeeze(-1) for probs in (p[:, :-1], q))
         accepted = (chance * q_x < p_x).cumprod(-1).sum(-1)  # (B)
         row = torch.arange(len(p), device=p.device)
-        p_next, q_next = p[row, accepted], F.pad(q, (0, 0, 0, 1))[row, accepted]
-        residual = (p_next - q_next).clamp(min=0)  # (B, vocab)
+        p, q = p[row, accepted], F.pad(q, (0, 0, 0, 1))[row, accepted]  # (B, vocab), (B, vocab)
+        residual = (p - q).clamp(min=0)  # (B, vocab)
         # Where p and q differ by rounding only, nothing may be left to draw from: then p is right.
-        residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p_next)
-        return accepted, self.draw(residual)
+        return accepted, self.draw(residual.where(residual.sum(-1, keepdim=True) > 0, p))
 
 def stop_ids(config, eos_token_id):
     """End-of-sequence ids as a list: those given, else the config's; -1 stands for none."""
@@ -1013,10 +1011,10 @@ class Continuation:
     """What each row has gained, up to `most` tokens; a column is made once every row has it."""
 
     def __init__(self, config, rows, most, eos_token_id, streamer, statistics):
-        self.most, self.streamer, self.statistics = most, streamer, statistics
-        self.stops, self.pad = stop_ids(config, eos_token_id), config.pad_token_id
-        if self.pad is None:
-            self.pad = self.stops[0] if self.stops else 0
+        self.most, self.streamer = most, streamer
+        self.statistics = [] if statistics is None else statistics
+        self.stops = stop_ids(config, eos_token_id)
+        self.pad = (self.stops or [0])[0] if config.pad_token_id is None else config.pad_token_id
         self.rows, self.columns, self.finished = [[] for _ in range(rows)], [], [most == 0] * rows
 
     def add(self, drafts, accepted, token):
@@ -1038,21 +1036,19 @@ class Continuation:
 
 def slots_of_depth(k, mask):
     """Depth k's rows begin at the k-th real token: its part of mask (B, S), or None if that is all."""
-    mask = mask & (mask.cumsum(-1) >= k)  # (B, S)
+    mask = mask & (mask.cumsum(-1) >= k)
     return None if mask.all() else mask
 
 class Drafter:
-    """The MTP modules at inference: draft k is what depth k says at a row's newest token.
+    """The MTP modules at inference: draft k is what depth k says behind the last token known.
 
-    Row i of depth k (see MTPBlock) stands where token i + k - 1 stands in the main cache. With n
-    tokens known, rows to n - k rest on these alone and stay; the k - 1 behind them rest on drafts
-    and are made again in the next call. For more drafts than modules the last one goes on, its own
-    output in place of the main model's state, as if that were its next row.
+    Row i of depth k (see MTPBlock) stands where token i + k - 1 stands in the main cache. Of n tokens
+    known, rows to n - k are made from these alone, and stay; the k - 1 behind them are made from
+    drafts, and again in the next call. Beyond its depth the last module goes on from its own output.
     """
 
-    def __init__(self, model, sampling, depths, capacity):
-        self.model, self.sampling = model, sampling
-        self.blocks = model.mtp_blocks[:depths]
+    def __init__(self, model, sampling, most_drafts, capacity):
+        self.model, self.sampling, self.blocks = model, sampling, model.mtp_blocks[:most_drafts]
         self.caches = [LatentCache(capacity) for _ in self.blocks]
         self.above = {}  # by depth, the last row to stay of the depth above
 
@@ -1101,9 +1097,12 @@ def decode(model, window, attention_mask, sampling, most_drafts, text):
     last = last_real_token(hidden, None, attention_mask, None)  # (B)
     newest = hidden[torch.arange(len(last), device=last.device), last].unsqueeze(1)
     p = sampling.distribution(model.lm_head(newest))
-    drafts, q = none = window[:, :0], p[:, :0]
+    drafts, none = window[:, :0], (window[:, :0], None)
     while True:
-        accepted, token = sampling.accept(drafts, q, p)
+        if drafts.shape[1]:
+            accepted, token = sampling.accept(drafts, q, p)
+        else:
+            accepted, token = torch.zeros_like(last), sampling.draw(p[:, 0])
         text.add(drafts, accepted, token)
         if all(text.finished):
             return
@@ -1112,7 +1111,7 @@ def decode(model, window, attention_mask, sampling, most_drafts, text):
             # its best row gains tokens: in all at most min(B, drafts + 1) for each token of a row.
             last = accepted.masked_fill(torch.tensor(text.finished, device=last.device), 0)  # (B)
             stands = torch.arange(int(last.max()) + 1, device=last.device) <= last.unsqueeze(1)
-            known = torch.cat([known, stands], 1)  # (B, S)
+            known = torch.cat([known, stands], 1)
             cache.crop(known.shape[1])
             cache.mask = slots_of_depth(1, known)
             window, hidden = window[:, : stands.shape[1]], hidden[:, : stands.shape[1]]
@@ -1120,7 +1119,7 @@ def decode(model, window, attention_mask, sampling, most_drafts, text):
         drafts, q = drafter.draft(window, hidden, known, last, token, count) if count else none
         window = torch.cat([token.unsqueeze(1), drafts], 1)
         hidden = model.model(window, past_key_values=cache).last_hidden_state
-        p = sampling.distribution(model.lm_head(hidden))  # (B, T, vocab)
+        p = sampling.distribution(model.lm_head(hidden))
 
 @torch.no_grad()
 def generate(
@@ -1143,11 +1142,10 @@ def generate(
         hint = "train one with num_nextn_predict_layers=1, or load a checkpoint that has them"
         raise ValueError(f"use_mtp=True, but the model has no MTP modules: {hint}")
     if num_draft_tokens is not None and (num_draft_tokens < 1 or not use_mtp):
-        raise ValueError(f"{num_draft_tokens=}, {use_mtp=}: must be 1 or more, and with use_mtp=True")
+        raise ValueError(f"{num_draft_tokens=}, {use_mtp=}: must be 1 or more, with use_mtp=True")
     most_drafts = (num_draft_tokens or len(model.mtp_blocks)) if use_mtp else 0
-    statistics = [] if statistics is None else statistics
-    rows, config = len(input_ids), model.config
-    text = Continuation(config, rows, max_new_tokens, eos_token_id, streamer, statistics)
+    sinks = streamer, statistics
+    text = Continuation(model.config, len(input_ids), max_new_tokens, eos_token_id, *sinks)
     was_training = model.training
     model.eval()
     try:

@@ -337,8 +337,8 @@ def test_sampled_tokens_have_the_main_models_joint_distribution(name, modules, K
 
 MUTATIONS = {
     "every draft is accepted": ("(chance * q_x < p_x)", "(chance * q_x <= q_x)"),
-    "the residual is p": ("(p_next - q_next).clamp(min=0)", "p_next"),
-    "the residual is |p - q|": ("(p_next - q_next).clamp(min=0)", "(p_next - q_next).abs()"),
+    "the residual is p": ("(p - q).clamp(min=0)", "p"),
+    "the residual is |p - q|": ("(p - q).clamp(min=0)", "(p - q).abs()"),
     "accepted where p beats q": ("(chance * q_x < p_x)", "(q_x <= p_x)"),
     "accepted with probability p": ("(chance * q_x < p_x)", "(chance < p_x)"),
     "the likeliest token is drafted": (
@@ -354,8 +354,8 @@ MUTATIONS = {
         "return torch.cat(drafts, 1), torch.cat(q, 1).add(1 / 11).div(2)",
     ),
     "p is not filtered": (
-        "p = sampling.distribution(model.lm_head(hidden))  #",
-        "p = model.lm_head(hidden).softmax(-1)  #",
+        "        p = sampling.distribution(model.lm_head(hidden))\n",
+        "        p = model.lm_head(hidden).softmax(-1)\n",
     ),
 }
 
