@@ -672,13 +672,11 @@ class DeepseekV3ForCausalLM(PreTrainedModel):
     def mtp_blocks(self):
         return self.model.layers[self.config.num_hidden_layers :]
 
-    def look_ahead(self, out, embeds, attention_mask, position_ids):
+    def look_ahead(self, out, embeds, real, position_ids):
         """Run the MTP modules over a whole sequence, Eqs. 21–23, into out.mtp_logits."""
-        # NOTE(checkpoint) mtp-input: the state after the final norm, as the released code's hidden
-        # state is, and as other implementations measured better acceptance with.
+        # NOTE(checkpoint) mtp-input: after the final norm, where others measured more acceptance.
         hidden, logits = out.last_hidden_state, []
         for k, block in enumerate(self.mtp_blocks[: embeds.shape[1] - 1], 1):
-            real = attention_mask
             mask = None if real is None else real[:, :-k] * real[:, k:]
             positions = None if position_ids is None else position_ids[:, :-k]
             hidden = hidden[:, :-1]  # (B, T-k, D)
@@ -719,10 +717,7 @@ class DeepseekV3ForTokenClassification(PreTrainedModel):
         return hidden
 
 class DeepseekV3ForSequenceClassification(DeepseekV3ForTokenClassification):
-    """A label a sequence, read off its last real token under either padding: logits (B, num_labels).
-
-    labels: class ids (B), floats (B) for regression (num_labels 1), or (B, num_labels) multi-label.
-    """
+    """A label a sequence, read off its last real token under either padding: (B, num_labels)."""
 
     score_bias = False
 
@@ -767,7 +762,11 @@ def last_real_token(hidden, input_ids, attention_mask, pad_token_id):
     return (real.long() * position).argmax(-1)
 
 def classification_loss(model, out, labels):
-    """Loss of a label a token or a sequence, with the balance loss in training, into `out`."""
+    """Loss of a label a token or a sequence, with the balance loss in training, into `out`.
+
+    Labels of tokens are (B, T). Of sequences they are class ids (B), floats (B) for regression
+    (num_labels 1), or floats (B, num_labels) where several labels may hold at once.
+    """
     logits = upcast(out.logits)
     if logits.ndim == 3:
         out.main_loss = shifted_cross_entropy(logits, labels, 0)
