@@ -459,13 +459,16 @@ class Experts(nn.Module):
         every = torch.arange(len(self.gate_proj), device=x.device)
         ends = torch.searchsorted(expert, every, right=True, out_int32=True)  # (E)
         rows = x.flatten(0, 1)[order // indices.shape[-1]]  # (B*T*K, D)
-        gate = grouped_linear(rows, self.gate_proj, ends, self.gate_proj_scale_inv)  # (B*T*K, F)
-        hidden = F.silu(gate) * grouped_linear(rows, self.up_proj, ends, self.up_proj_scale_inv)  # (B*T*K, F)
-        sorted_visits = grouped_linear(hidden, self.down_proj, ends, self.down_proj_scale_inv)  # (B*T*K, D)
+        gate = self.product("gate_proj", rows, ends)  # (B*T*K, F)
+        hidden = F.silu(gate) * self.product("up_proj", rows, ends)  # (B*T*K, F)
+        sorted_visits = self.product("down_proj", hidden, ends)  # (B*T*K, D)
         visits = torch.empty_like(rows).index_copy(0, order, sorted_visits)
         visits = visits.unflatten(0, indices.shape)  # (B, T, K, D)
         out = (visits * weights.unsqueeze(-1)).sum(-2)  # (B, T, D) Eq. 12: the routed sum
         return out.to(x.dtype)
+
+    def product(self, name, x, ends):
+        return grouped_linear(x, getattr(self, name), ends, getattr(self, name + "_scale_inv"))
 
 class MoE(nn.Module):
     """Shared experts for every token, K routed ones by choice, Eq. 12; x (B, T, D) -> (B, T, D)."""
@@ -1918,6 +1921,46 @@ def learning_rate_factor(progress, warmup):
         return 0.55 + 0.45 * math.cos(math.pi * (progress * 14.8 - 10) / 4.3)
     return 0.1 if progress < 14.633 / 14.8 else 0.0332
 
+def through_fp8(x, rows):
+    """x rounded to E4M3 in blocks of rows x 128 that have a scale each; gradients pass unrounded."""
+    with torch.no_grad():
+        *_, height, width = x.shape
+        padded = F.pad(x, (0, -width % BLOCK, 0, -height % rows))
+        blocks = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, rows))
+        scale = blocks.abs().amax((-3, -1), keepdim=True).clamp(min=1e-12) / 448
+        rounded = ((blocks / scale).to(FP8).to(x.dtype) * scale).flatten(-4, -3).flatten(-2)
+    return x + (rounded[..., :height, :width] - x).detach()
+
+class RoundGradient(torch.autograd.Function):
+    """The identity, whose gradient is rounded to E4M3 in tiles of 1 x 128."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return through_fp8(gradient, 1)
+
+def simulate_fp8(model):
+    """Compute a model's products as if in FP8, forward and both backward ones (§3.3), from now on.
+
+    Activations and gradients have a scale for each 1 x 128, weights for each 128 x 128. Embedding,
+    head, router, norms and attention itself keep their precision; products add up in float32.
+    """
+
+    def product(module, name, x, ends):
+        weight = through_fp8(getattr(module, name), BLOCK)
+        return RoundGradient.apply(grouped_linear(through_fp8(x, 1), weight, ends))
+
+    for name, module in model.named_modules():
+        if isinstance(module, Experts):
+            module.product = partial(product, module)
+        elif isinstance(module, Linear) and "_proj" in name and "eh_proj" not in name:
+            module.full_weight = lambda dtype, m=module: through_fp8(m.weight, BLOCK).to(dtype)
+            module.register_forward_pre_hook(lambda m, args: (through_fp8(args[0], 1),))
+            module.register_forward_hook(lambda m, args, out: RoundGradient.apply(out))
+
 def start_processes(device):
     """This process's rank, how many there are, and its device; one process on a CPU starts none."""
     import torch.distributed as dist
@@ -2005,6 +2048,8 @@ class Trainer:
         torch.manual_seed(options.seed)
         self.model = shard(DeepseekV3ForCausalLM(self.config), self.device)
         self.model.model.gradient_checkpointing = options.recompute
+        if options.fp8:
+            simulate_fp8(self.model)
         matrices = [p for p in self.model.parameters() if p.ndim > 1]
         vectors = [p for p in self.model.parameters() if p.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": 0.1}]
@@ -2331,6 +2376,7 @@ def parser():
     train.add_argument("--length", type=int, default=128, help="tokens a sequence")
     train.add_argument("--accumulate", type=int, default=1, help="parts that a batch runs in")
     train.add_argument("--recompute", action="store_true", help="recompute layers to save memory")
+    train.add_argument("--fp8", action="store_true", help="products as if in FP8, to see the loss")
     train.add_argument("--lr", type=float, default=4e-3, help="peak learning rate")
     train.add_argument("--warmup", type=float, default=0.02, help="part of the run it rises over")
     train.add_argument("--gamma", type=float, default=0.002, help="step of the router bias")
