@@ -82,10 +82,11 @@ def shown(byte):
     """One visible character for a byte."""
     return {32: "␣", 10: "⏎", 9: "⇥"}.get(byte, chr(byte) if 32 < byte < 127 else f"{byte:02x}")
 
-def token_strip(tokens, groups, labels, per_line=32, title=""):
-    """Figure of a text: one box a token, its group's colour, its label (the expert's number) below."""
+def token_strip(tokens, groups, labels, per_line=32, title="", ax=None):
+    """A text as boxes, one a token: its group's colour, its label (the expert's number) below -> figure."""
     lines = -(-len(tokens) // per_line)
-    fig, ax = plt.subplots(figsize=(0.3 * per_line, 0.62 * lines + 0.4))
+    if ax is None:
+        _, ax = plt.subplots(figsize=(0.3 * per_line, 0.62 * lines + 0.4))
     for i, (token, group, label) in enumerate(zip(tokens, groups, labels, strict=True)):
         x, y = i % per_line, -1.3 * (i // per_line)
         ax.add_patch(plt.Rectangle((x, y), 0.96, 1.2, color=COLORS[group % 8], alpha=0.4, lw=0))
@@ -93,7 +94,7 @@ def token_strip(tokens, groups, labels, per_line=32, title=""):
         ax.text(x + 0.48, y + 0.3, label, ha="center", va="center", fontsize=9)
     ax.set(xlim=(0, per_line), ylim=(-1.3 * lines + 1.2, 1.3), title=title)
     ax.axis("off")
-    return fig
+    return ax.figure
 
 SAMPLE = "def area(r):\n    return 3.14 * r ** 2\n"
 
@@ -111,15 +112,16 @@ def explore(model, text=SAMPLE, layer=1, head=0):
     def figure(text, layer, head):
         data, scores, experts, attention = look(text, layer, head)
         first, per_group = experts[:, 0].tolist(), model.config.n_routed_experts // model.config.n_group
-        groups = [expert // per_group for expert in first]
-        strip = token_strip(list(map(shown, data)), groups, first, title=f"layer {max(layer, 1)}: each byte's heaviest expert; colour = its group")
-        fig, ax = plt.subplots(figsize=(5.2, 4.6))
-        fig.colorbar(ax.imshow(attention), label="attention", shrink=0.8)
+        groups, lines = [expert // per_group for expert in first], -(-len(data) // 32)
+        fig, (top, bottom) = plt.subplots(2, figsize=(9.6, 0.62 * lines + 6), height_ratios=(0.62 * lines, 5.4))
+        title = f"layer {max(layer, 1)}: each byte's heaviest expert; colour = the expert's group"
+        token_strip(list(map(shown, data)), groups, first, title=title, ax=top)
+        fig.colorbar(bottom.imshow(attention, vmin=0), label="attention", shrink=0.8)
         ticks = range(len(data)) if len(data) <= 48 else []
-        ax.set(title=f"layer {layer}, head {head}", xlabel="key", ylabel="query")
-        for axis in (ax.xaxis, ax.yaxis):
+        bottom.set(title=f"attention of layer {layer}, head {head}", xlabel="key", ylabel="query")
+        for axis in (bottom.xaxis, bottom.yaxis):
             axis.set_ticks(ticks, [shown(byte) for byte in data] if ticks else [], fontsize=9, family="monospace")
-        return strip, fig
+        return fig
 
     def live(text, layer, head):
         data, scores, experts, _ = look(text, layer, head)
@@ -128,13 +130,10 @@ def explore(model, text=SAMPLE, layer=1, head=0):
             told = html.escape(", ".join(f"expert {e}: score {row[e]:.2f}" for e in chosen.tolist()))
             spans.append(f'<span title="{told}" style="border:1px solid;padding:1px">{html.escape(shown(byte))}</span>')
         display(HTML("hover a byte to see its experts: <code>" + " ".join(spans) + "</code>"))
-        for fig in figure(text, layer, head):
-            display(fig)
-            plt.close(fig)
+        show(figure(text, layer, head), "the same as a picture")
 
-    strip, fig = figure(text, layer, head)
-    show(strip, f"The text {text!r}, a box a byte, coloured and numbered by the byte's heaviest expert.")
-    show(fig, f"Attention of layer {layer}, head {head} over the same text: a lower triangle of query by key.")
+    alt = f"{text!r}, a box a byte, coloured and numbered by the byte's heaviest expert; below it the attention of "
+    show(figure(text, layer, head), alt + f"layer {layer}, head {head}: a lower triangle of query by key.")
     if "DSV3_NB_STATIC" not in os.environ:
         import ipywidgets as widgets
 

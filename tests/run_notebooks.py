@@ -77,9 +77,14 @@ def normalise(notebook):
         kept = {key: cell.metadata[key] for key in ("tags", "jupyter") if cell.metadata.get(key)}
         cell.metadata = nbformat.from_dict(kept)
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
+            kept = []
             for output in cell.outputs:
                 output.pop("transient", None)
+                if kept and "name" in output and output.get("name") == kept[-1].get("name"):
+                    kept[-1].text += output.text  # print comes in pieces, cut by the clock
+                elif WIDGET not in output.get("data", {}):
+                    kept.append(output)
+            cell.outputs = kept
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     nbformat.validate(notebook)
     return notebook
