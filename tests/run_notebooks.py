@@ -19,7 +19,7 @@ import nbformat
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
-LINK = re.compile(r"\[`([\w.]+)`\]\(\.\./deepseek_v3\.py(#L\d+)?\)")
+LINK = re.compile(r"\[`([\w.]+)`\]\(\.\./deepseek_v3\.py#L\d+\)")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -46,7 +46,7 @@ def link_lines(notebook):
     lines = definitions()
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            cell.source = LINK.sub(lambda m: f"[`{m[1]}`](../deepseek_v3.py#L{lines[m[1]]})", cell.source)
+            cell.source = LINK.sub(lambda link: f"[`{link[1]}`](../deepseek_v3.py#L{lines[link[1]]})", cell.source)
 
 
 def code_hash(notebook):
