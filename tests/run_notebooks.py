@@ -102,7 +102,7 @@ def execute(path, write, force):
         began = time.perf_counter()
         where = {"metadata": {"path": str(path.parent)}}
         try:
-            NotebookClient(notebook, timeout=120, kernel_name="python3", resources=where).execute()
+            NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where).execute()
         except Exception as error:
             print(f"{path.name}: {error}")
             return False

@@ -176,3 +176,24 @@ def test_exercises_as_they_are_solved_and_wrong(notebook, space):
             assert told.startswith(f"✗ {id}"), told
             assert told.endswith(reason.lstrip("# ")), (told, reason)
         assert "raised KeyError" in verdict(f"{stub}raise KeyError('x')\n{checked}", space)
+
+
+def test_what_the_helper_says(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "notebooks"))
+    import nbhelp as nb
+
+    nb.predict("bytes", 4_000_000, 70_272)
+    nb.predict("bytes", 70_272, 70_272)
+    nb.predict("bytes", None, 70_272)
+    nb.predict("which", "Rotary", "rotary")
+    told = capsys.readouterr().out
+    assert "actual 70,272 · you 4,000,000 · 56.9× too high" in told
+    assert "you 70272 · right" in told and "type your guess" in told and "you Rotary · right" in told
+
+    want = torch.tensor([1.0, -torch.inf])
+    assert nb.difference(want.clone(), want, 1e-6) is None
+    assert nb.difference(torch.tensor([torch.nan, -torch.inf]), want, 1e-6) == "off by up to nan"
+    assert nb.difference(torch.ones(1, 2), want, 1e-6) == "shape (1, 2), must be (2,)"
+    assert nb.difference(None, want, 1e-6).startswith("returned NoneType")
+    assert nb.difference(3, (3, 4), 1e-6) == "must return 2 values"
+    assert nb.difference((3, 5), (3, 4), 1e-6) == "5 is not it"
