@@ -52,7 +52,7 @@ def hint(id):
 def solution(id):
     """The solution, and the mistakes that are usually made."""
     _, source, wrong = answers(id)
-    print(source.strip(), "\n\nUsual wrong turns:", *(w.strip().split("\n")[0] for w in wrong), sep="\n")
+    print(source.strip(), "\n\nUsual wrong turns:", *(w.strip().split("\n")[0].lstrip("# ") for w in wrong), sep="\n- ")
 
 def defined(source, name, space):
     space = dict(space)
