@@ -120,7 +120,6 @@ class DeepseekV3Config:
     max_position_embeddings: int = 163840
     rope_theta: int | float = 10000.0
     rope_scaling: dict | None = None  # YaRN; DeepseekV3Config() has YARN_V3
-    # Other
     rms_norm_eps: int | float = 1e-6
     initializer_range: int | float = 0.02  # NOTE(hf) init-std
     tie_word_embeddings: bool = False
@@ -1222,13 +1221,15 @@ def check_config(config):
         name, kind, value = field.name, field.type, getattr(config, field.name)
         boolean = isinstance(value, bool) == (kind is bool)
         finite = not isinstance(value, float) or math.isfinite(value)
-        require(name, isinstance(value, kind) and boolean and finite, getattr(kind, "__name__", kind))
+        right = getattr(kind, "__name__", kind)
+        require(name, isinstance(value, kind) and boolean and finite, right)
         if kind in (int, int | None) and value is not None and not name.endswith("token_id"):
-            require(name, value >= (name not in can_be_zero), "1 or more, or 0 where that means none")
+            least = 0 if name in can_be_zero else 1
+            require(name, value >= least, f"{least} or more")
     G, per_group = config.n_group, config.n_routed_experts // config.n_group
     reach = config.topk_group * per_group
     heads = config.num_attention_heads
-    require("num_key_value_heads", config.num_key_value_heads == heads, f"{heads}, as attention heads")
+    require("num_key_value_heads", config.num_key_value_heads == heads, f"{heads}, as other heads")
     require("qk_rope_head_dim", config.qk_rope_head_dim % 2 == 0, "even: RoPE turns pairs")
     require("n_routed_experts", config.n_routed_experts % G == 0, f"divisible by n_group={G}")
     require("n_group", G == 1 or per_group >= 2, "1, or leave 2 experts or more a group")
@@ -1248,6 +1249,8 @@ def check_yarn(yarn):
     """ValueError for YaRN settings that cannot work."""
     if yarn.get("rope_type", yarn.get("type")) != "yarn":
         raise ValueError(f"rope_scaling={yarn!r}: its type must be 'yarn' or 'default'")
+    if not yarn.get("truncate", True):
+        raise ValueError("rope_scaling['truncate']=False: must be true, as in this whole family")
     needed = ("factor", "original_max_position_embeddings")
     for key in (*needed, "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"):
         value = yarn.get(key, None if key in needed else 1)
@@ -1577,8 +1580,9 @@ def put_tensor(model, name, pieces, stored, device, kind):
     module, leaf = owner(model, name)
     meta, dtype = getattr(module, leaf), None if kind == FP8 else kind
     if pieces[0] not in stored.files:  # a new head
+        std = model.config.initializer_range if meta.ndim > 1 else 0
         weight = torch.empty(meta.shape, device=real_device(device), dtype=dtype)
-        found = weight.normal_(0, model.config.initializer_range), None
+        found = weight.normal_(0, std), None
     elif meta.ndim < 3:
         found = stored.fetch(pieces[0], device, dtype)
     elif device == "disk":
@@ -1994,7 +1998,7 @@ def shard(model, device):
 
 def check_training(options, world):
     """ValueError for options that cannot work, before anything is written."""
-    for name in ("steps", "batch", "length", "accumulate", "vocab_size", "save_every", "keep"):
+    for name in ("steps", "batch", "accumulate", "eval_every", "save_every", "keep"):
         flag, value = "--" + name.replace("_", "-"), getattr(options, name)
         if value < 1:
             raise ValueError(f"{flag} {value}: must be 1 or more")
@@ -2361,10 +2365,37 @@ def print_split(model, sizes, gpus, gib):
         line = f"GPU {gpu:<3} {bar:░<30} {used:6.1f} GiB used, {gib - used:6.1f} free"
         print(f"{line}  {held[0]} … {held[-1]}")
 
+class Parser(argparse.ArgumentParser):
+    """argparse's, which says what is wrong in one line."""
+
+    def error(self, message):
+        print(f"{self.prog}: {message} (see --help)", file=sys.stderr)
+        sys.exit(2)
+
 def parser():
     """The command line: one sub-command for each function above."""
-    main = argparse.ArgumentParser(prog="deepseek_v3.py", description="Train and run DeepSeek-V3.")
+    main = Parser(prog="deepseek_v3.py", description="Train and run DeepSeek-V3.")
     commands = main.add_subparsers(required=True)
+    add_train(commands)
+    run = commands.add_parser("generate", help="continue a prompt")
+    run.set_defaults(run=generate_command)
+    run.add_argument("directory", help="checkpoint folder")
+    run.add_argument("prompt")
+    run.add_argument("--chat", action="store_true", help="answer, by the model's chat template")
+    run.add_argument("--max-new-tokens", type=int, default=200)
+    run.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token")
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--mtp", action="store_true", help="draft with the MTP modules: fewer steps")
+    run.add_argument("--draft-tokens", type=int, help="drafted a step (default: one an MTP module)")
+    info = commands.add_parser("info", help="parameters, bytes and FLOPs of a model")
+    info.set_defaults(run=info_command)
+    info.add_argument("path", help="checkpoint folder or config.json")
+    info.add_argument("--gpus", type=int, help="show how it would lie on so many GPUs")
+    info.add_argument("--gpu-memory", type=float, default=80, help="GiB of each")
+    return main
+
+def add_train(commands):
+    """The flags of training."""
     train = commands.add_parser("train", help="train a model from scratch, on text")
     train.set_defaults(run=train_command)
     train.add_argument("--data", help="text file or folder (default: Python's standard library)")
@@ -2388,22 +2419,6 @@ def parser():
     train.add_argument("--resume", action="store_true", help="go on from the newest state in --out")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    run = commands.add_parser("generate", help="continue a prompt")
-    run.set_defaults(run=generate_command)
-    run.add_argument("directory", help="checkpoint folder")
-    run.add_argument("prompt")
-    run.add_argument("--chat", action="store_true", help="answer, by the model's chat template")
-    run.add_argument("--max-new-tokens", type=int, default=200)
-    run.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token")
-    run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--mtp", action="store_true", help="draft with the MTP modules: fewer steps")
-    run.add_argument("--draft-tokens", type=int, help="drafted a step (default: one an MTP module)")
-    info = commands.add_parser("info", help="parameters, bytes and FLOPs of a model")
-    info.set_defaults(run=info_command)
-    info.add_argument("path", help="checkpoint folder or config.json")
-    info.add_argument("--gpus", type=int, help="show how it would lie on so many GPUs")
-    info.add_argument("--gpu-memory", type=float, default=80, help="GiB of each")
-    return main
 
 def main(arguments=None):
     """Run a command; a bad argument or file is one line on stderr and exit status 2."""
