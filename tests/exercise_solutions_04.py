@@ -16,7 +16,7 @@ def choose(biased, groups, keep, K):
     return reachable.topk(K).indices.sort().values
 ''',
     "4.1": '''
-def gates(scores, bias, indices, scaling):
+def gate_weights(scores, bias, indices, scaling):
     weights = scores.gather(-1, indices)
     return weights / weights.sum(-1, keepdim=True) * scaling
 ''',
@@ -65,23 +65,23 @@ def choose(biased, groups, keep, K):
     "4.1": [
         '''
 # weights come from s, not from s + b: the bias only chooses
-def gates(scores, bias, indices, scaling):
+def gate_weights(scores, bias, indices, scaling):
     weights = (scores + bias).gather(-1, indices)
     return weights / weights.sum(-1, keepdim=True) * scaling
 ''',
         '''
 # the sum runs over the chosen experts, not over all
-def gates(scores, bias, indices, scaling):
+def gate_weights(scores, bias, indices, scaling):
     return (scores / scores.sum(-1, keepdim=True)).gather(-1, indices) * scaling
 ''',
         '''
 # a softmax is not it: sigmoid scores are divided by their sum
-def gates(scores, bias, indices, scaling):
+def gate_weights(scores, bias, indices, scaling):
     return scores.gather(-1, indices).softmax(-1) * scaling
 ''',
         '''
 # the weights are not normalised
-def gates(scores, bias, indices, scaling):
+def gate_weights(scores, bias, indices, scaling):
     return scores.gather(-1, indices) * scaling
 ''',
     ],
