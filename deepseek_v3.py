@@ -1478,7 +1478,7 @@ def load_pretrained(
     whole = DeepseekV3Config.from_pretrained(directory, stored.config_file)
     config = DeepseekV3Config(**(whole.to_dict() | overrides))
     check_quantization(config.extra.get("quantization_config"))
-    slice_config(config, stored, num_hidden_layers)
+    slice_config(config, stored, num_hidden_layers, issubclass(cls, DeepseekV3ForCausalLM))
     with torch.device("meta"):
         model = cls(config)
     sources = released_names(model, whole.num_hidden_layers)
@@ -1505,16 +1505,16 @@ def check_quantization(settings):
         if given.get(key, right) != right and key != "activation_scheme":
             raise ValueError(f"quantization_config[{key!r}]={given[key]!r}: must be {right!r}")
 
-def slice_config(config, stored, kept):
+def slice_config(config, stored, kept, causal):
     """Cut a config to `kept` layers, if asked for, and to the MTP modules that are there."""
     depth, mtp = config.num_hidden_layers, config.num_nextn_predict_layers
     if kept is not None and not 1 <= kept <= depth:
         raise ValueError(f"num_hidden_layers={kept}: must be in 1..{depth}, as stored")
-    if kept is not None and config.first_k_dense_replace <= depth:  # so MTP modules keep their experts
+    if kept is not None and config.first_k_dense_replace <= depth:  # MTP modules keep experts
         config.first_k_dense_replace = min(config.first_k_dense_replace, kept)
     config.num_hidden_layers = kept or depth
     mtp_layers = tuple(f"model.layers.{depth + k}." for k in range(mtp))
-    if mtp and not any(name.startswith(mtp_layers) for name in stored.files):
+    if mtp and causal and not any(name.startswith(mtp_layers) for name in stored.files):
         warnings.warn(f"{stored.directory}: announces MTP modules, but holds none", stacklevel=3)
         config.num_nextn_predict_layers = 0
 
@@ -1748,12 +1748,13 @@ def save_pretrained(model, directory, max_shard_size="5GB", quantize=None):
     if any(isinstance(getattr(module, "gate_proj", None), list) for module in model.modules()):
         raise ValueError("experts on disk are not saved: load the model to other devices")
     config = saved_config(model, quantize)
-    pending = f".config.{hashlib.sha256(json.dumps(config).encode()).hexdigest()[:16]}.json"
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    pending = f".config.{digest[:16]}.json"
     metadata, parts, total = {"format": "pt", "config": pending}, [], 0
     directory.mkdir(parents=True, exist_ok=True)
     try:
         for shard in in_shards(stored_tensors(model, quantize), limit):
-            save_file(shard, directory / f".part-{len(parts)}.tmp", metadata)
+            save_file(shard, directory / f".part-{len(parts)}.tmp", metadata=metadata)
             parts.append(list(shard))
             total += sum(tensor.nbytes for tensor in shard.values())
         write_json(directory, pending, config)

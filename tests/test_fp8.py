@@ -99,9 +99,10 @@ def test_fp8_kept_and_fp8_dequantised_compute_the_same(tmp_path, dtype):
     ids = tokens(2, 9)
     with torch.no_grad():
         ours, theirs = kept(ids, output_mtp=True), full(ids, output_mtp=True)
-    tolerance = dict(rtol=0, atol=0.05 * theirs.logits.abs().max().item())
-    torch.testing.assert_close(ours.logits.float(), theirs.logits.float(), **tolerance)
-    torch.testing.assert_close(ours.mtp_logits[0].float(), theirs.mtp_logits[0].float(), **tolerance)
+    # In bfloat16 a token may choose another expert than in float32: a bound on the whole, not on each.
+    for mine, other in ((ours.logits, theirs.logits), (ours.mtp_logits[0], theirs.mtp_logits[0])):
+        error = (mine.float() - other.float()).norm() / other.float().norm()
+        assert error < (1e-6 if dtype == torch.bfloat16 else 0.1)
 
 
 def test_fp8_kept_computes_exactly_what_its_dequantised_weights_do(tmp_path):
