@@ -51,6 +51,7 @@ def tiny_config(**changes):
     sizes |= dict(intermediate_size=288, moe_intermediate_size=64)
     return ds.DeepseekV3Config.tiny(**(sizes | changes))
 
+@torch.enable_grad()  # notebooks may have switched gradients off
 def train(model, steps=250, gamma=2e-3, lr=3e-3, seed=0, each=None):
     """Train on the corpus but its last twentieth; each(step, output, violations) after every step."""
     corpus = stdlib_corpus()
