@@ -228,8 +228,8 @@ def key_mask(attention_mask, cache, B, T):
     past, keys = (0, None) if cache is None else (cache.length, cache.mask)
     if attention_mask is not None:
         if attention_mask.shape != (B, past + T):
-            found, right = tuple(attention_mask.shape), (B, past + T)
-            raise ValueError(f"attention_mask of shape {found}: must be {right}, cached and new")
+            shape = tuple(attention_mask.shape)
+            raise ValueError(f"attention_mask of shape {shape}: must be {(B, past + T)}")
         # Without padding the plain-causal form is faster; asking costs one synchronisation.
         keys = None if T > 1 and attention_mask.all() else attention_mask.bool()
     elif keys is not None:
@@ -397,16 +397,15 @@ class Router(nn.Module):
         self.normalise, self.scaling = config.norm_topk_prob, config.routed_scaling_factor
         self.weight = nn.Parameter(torch.empty(self.E, config.hidden_size))
         self.register_buffer("e_score_correction_bias", torch.zeros(self.E))
-        visits = torch.zeros(self.E, dtype=torch.int64, device="cpu")
-        self.register_buffer("load", visits, persistent=False)  # since the bias last moved
+        load = torch.zeros(self.E, dtype=torch.int64, device="cpu")  # visits since the bias moved
+        self.register_buffer("load", load, persistent=False)
 
     def forward(self, x):
         scores = F.linear(upcast(x), upcast(self.weight)).sigmoid()  # (B, T, E) Eq. 15
         choice = self.limit_groups(scores.detach() + self.e_score_correction_bias)  # (B, T, E)
         indices = choice.topk(self.K, sorted=False).indices  # (B, T, K) Eq. 16
         weights = scores.gather(-1, indices)  # (B, T, K) Eq. 14: of the unbiased scores
-        if self.normalise:
-            # NOTE(hf) gate-epsilon
+        if self.normalise:  # NOTE(hf) gate-epsilon
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # (B, T, K) Eq. 13
         return Routing(scores, indices, weights * self.scaling)  # NOTE(checkpoint) routed-scaling
 
@@ -433,12 +432,16 @@ class Router(nn.Module):
 def grouped_linear(x, weight, ends, scale_inv=None):
     """Each expert's map on its own rows; x (rows, in) by expert, weight (E, out, in) -> (rows, out)."""
     aligned = all(x.element_size() * width % 16 == 0 for width in weight[0].shape)
-    if aligned and getattr(weight, "dtype", None) == x.dtype in (torch.float32, torch.bfloat16):
+    taken = aligned and getattr(weight, "dtype", None) == x.dtype in (torch.float32, torch.bfloat16)
+    if taken and (x.is_cuda or x.requires_grad or len(x) >= len(weight)):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
-    # What the kernel does not take runs an expert at a time: FP8, a list on disk, odd widths.
-    scales = [None] * len(weight) if scale_inv is None else scale_inv
-    parts = zip(x.tensor_split(ends[:-1].tolist()), weight, scales, strict=True)
-    return torch.cat([F.linear(x, dequantise(w, s, x.dtype)) for x, w, s in parts if len(x)])
+    # Expert by expert, those with rows: what the kernel does not take (FP8, a list on disk, odd
+    # widths), and decoding on a CPU, where it would spend its time on the many without.
+    row, scales = [0, *ends.tolist()], [None] * len(weight) if scale_inv is None else scale_inv
+    hit = [e for e in range(len(weight)) if row[e] < row[e + 1]]
+    return torch.cat(
+        [F.linear(x[row[e] : row[e + 1]], dequantise(weight[e], scales[e], x.dtype)) for e in hit]
+    )
 
 class Experts(nn.Module):
     """All routed experts of a layer, stacked along a first axis; x (B, T, D) -> (B, T, D)."""
@@ -510,7 +513,6 @@ class MTPBlock(Block):
         row         0  1  2  3  4
         token       a  b  c  d  e      main model: row 0 has read a, predicts b
         depth 1     b  c  d  e         embedded; row 0 predicts c; T - k rows remain
-        depth 2     c  d  e            embedded; row 0 predicts d
 
     hidden and embeds (B, T-k, D) -> (B, T-k, D), normed: for the shared head, and for depth k+1.
     """
@@ -525,9 +527,8 @@ class MTPBlock(Block):
 
     def forward(self, hidden, embeds, rope, pattern, cache=None):
         here = self.hnorm.weight.device
-        # NOTE(checkpoint) eh-order
         joined = torch.cat([self.enorm(embeds.to(here)), self.hnorm(hidden.to(here))], -1)  # (B, T-k, 2*D)
-        x = self.eh_proj(joined)  # (B, T-k, D) Eq. 21
+        x = self.eh_proj(joined)  # (B, T-k, D) Eq. 21 NOTE(checkpoint) eh-order
         x = super().forward(x, *move((rope, pattern), here), cache)  # (B, T-k, D) Eq. 22
         return self.shared_head["norm"](x).to(hidden.device)
 
@@ -692,7 +693,6 @@ class DeepseekV3ForCausalLM(PreTrainedModel):
 
 class DeepseekV3ForTokenClassification(PreTrainedModel):
     """A label a token: logits (B, T, num_labels); labels (B, T) are not shifted, -100 is ignored."""
-
     score_bias = True
 
     def __init__(self, config):
@@ -2402,7 +2402,7 @@ def add_train(commands):
     train.add_argument("--data", help="text file or folder (default: Python's standard library)")
     train.add_argument("--config", help="config.json of the model (default: the tiny one)")
     train.add_argument("--out", default="out", help="folder for checkpoint, states, metrics.jsonl")
-    train.add_argument("--steps", type=int, default=500)
+    train.add_argument("--steps", type=int, default=400)
     train.add_argument("--batch", type=int, default=16, help="sequences a step, of all processes")
     train.add_argument("--batch-ramp", type=float, default=0.0, help="part of a run it grows in")
     train.add_argument("--length", type=int, default=128, help="tokens a sequence")
