@@ -1,0 +1,142 @@
+"""The small trained model of the notebooks, and ways to look at it; nbhelp hands these names on."""
+
+import base64
+import hashlib
+import html
+import importlib.util
+import io
+import json
+import os
+import sys
+import sysconfig
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from IPython.display import HTML, display
+
+import deepseek_v3 as ds
+
+# Okabe and Ito's colours, told apart by colour-blind readers; lines and bars differ in style as well.
+COLORS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#555555"]
+LINES, HATCHES = ["-", "--", ":", "-."], ["", "///", "...", "xxx", "\\\\\\", "++"]
+FAST = os.environ.get("DSV3_NB_FAST") == "1"  # 20 training steps: tests of everything but figures
+
+def show(fig, alt):
+    """Display a figure with a description for readers who cannot see it, and close it."""
+    png = io.BytesIO()
+    fig.savefig(png, dpi=90, bbox_inches="tight", metadata={"Software": None})
+    plt.close(fig)
+    data = {"image/png": base64.b64encode(png.getvalue()).decode(), "text/plain": alt}
+    display(data, raw=True, metadata={"image/png": {"alt": alt}})
+
+def stdlib_corpus():
+    """The Python standard library's top-level *.py files, one after the other, as bytes."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    if len(files) > 50:
+        return b"".join(file.read_bytes() for file in files)
+    specs = filter(None, map(importlib.util.find_spec, sorted(sys.stdlib_module_names)))  # a zipped one
+    return "".join(s.loader.get_source(s.name) or "" for s in specs if hasattr(s.loader, "get_source")).encode()
+
+def batches(data, count, length, seed=0):
+    """Endless random windows (count, length) of bytes as token ids."""
+    tokens, generator = torch.tensor(bytearray(data), dtype=torch.long), torch.Generator().manual_seed(seed)
+    while True:
+        starts = torch.randint(len(tokens) - length, (count,), generator=generator)
+        yield torch.stack([tokens[i : i + length] for i in starts.tolist()])
+
+def tiny_config(**changes):
+    """1.3 M parameters over bytes: one dense layer, two with 16 experts, one MTP module."""
+    sizes = dict(vocab_size=256, hidden_size=96, num_hidden_layers=3, q_lora_rank=64, kv_lora_rank=32)
+    sizes |= dict(intermediate_size=288, moe_intermediate_size=64)
+    return ds.DeepseekV3Config.tiny(**(sizes | changes))
+
+def train(model, steps=250, gamma=2e-3, lr=3e-3, seed=0, each=None):
+    """Train on the corpus but its last twentieth; each(step, output, violations) after every step."""
+    corpus = stdlib_corpus()
+    data = batches(corpus[: len(corpus) * 19 // 20], 12, 96, seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps + 1, pct_start=0.1)
+    model.train()
+    for step, tokens in zip(range(steps), data):
+        out = model(tokens, labels=tokens)
+        out.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step(), optimizer.zero_grad(), schedule.step()
+        violations = model.update_router_bias(gamma)
+        if each:
+            each(step, out, violations)
+    return model.eval()
+
+def trained_tiny(steps=250, seed=0, **changes):
+    """A small trained model; the first call trains it, about 30 s, the next ones read .cache/."""
+    steps, config = 20 if FAST else steps, tiny_config(**changes)
+    told = Path(ds.__file__).read_text() + json.dumps(config.to_dict(), sort_keys=True) + f"{steps} {seed}"
+    folder = Path(__file__).resolve().parent / ".cache" / f"tiny-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+    if not (folder / "config.json").is_file():
+        torch.manual_seed(seed)
+        train(ds.DeepseekV3ForCausalLM(config), steps, seed=seed).save_pretrained(folder)
+    return ds.DeepseekV3ForCausalLM.from_pretrained(folder)
+
+def shown(byte):
+    """One visible character for a byte."""
+    return {32: "␣", 10: "⏎", 9: "⇥"}.get(byte, chr(byte) if 32 < byte < 127 else f"{byte:02x}")
+
+def token_strip(tokens, groups, labels, per_line=32, title="", ax=None):
+    """A text as boxes, one a token: its group's colour, its label (the expert's number) below -> figure."""
+    lines = -(-len(tokens) // per_line)
+    if ax is None:
+        _, ax = plt.subplots(figsize=(0.3 * per_line, 0.62 * lines + 0.4))
+    for i, (token, group, label) in enumerate(zip(tokens, groups, labels, strict=True)):
+        x, y = i % per_line, -1.3 * (i // per_line)
+        ax.add_patch(plt.Rectangle((x, y), 0.96, 1.2, color=COLORS[group % 8], alpha=0.4, lw=0))
+        ax.text(x + 0.48, y + 0.86, token, ha="center", va="center", family="monospace", fontsize=11)
+        ax.text(x + 0.48, y + 0.3, label, ha="center", va="center", fontsize=9)
+    ax.set(xlim=(0, per_line), ylim=(-1.3 * lines + 1.2, 1.3), title=title)
+    ax.axis("off")
+    return ax.figure
+
+SAMPLE = "def area(r):\n    return 3.14 * r ** 2\n"
+
+def explore(model, text=SAMPLE, layer=1, head=0):
+    """Each byte's experts with their scores, and attention; in a live kernel with your own text."""
+    def look(text, layer, head):
+        data = (text or " ").encode()
+        with torch.no_grad():
+            out = model(torch.tensor([list(data)]), output_attentions=True, output_routing=True)
+        routing = out.routing[max(layer - model.config.first_k_dense_replace, 0)]
+        best = routing.weights[0].argsort(descending=True)
+        experts = routing.indices[0].gather(-1, best)  # (T, K), the heaviest first
+        return data, routing.scores[0], experts, out.attentions[layer][0, head]
+
+    def figure(text, layer, head):
+        data, scores, experts, attention = look(text, layer, head)
+        first, per_group = experts[:, 0].tolist(), model.config.n_routed_experts // model.config.n_group
+        groups, lines = [expert // per_group for expert in first], -(-len(data) // 32)
+        fig, (top, bottom) = plt.subplots(2, figsize=(9.6, 0.62 * lines + 6), height_ratios=(0.62 * lines, 5.4))
+        title = f"layer {max(layer, 1)}: each byte's heaviest expert; colour = the expert's group"
+        token_strip(list(map(shown, data)), groups, first, title=title, ax=top)
+        fig.colorbar(bottom.imshow(attention, vmin=0), label="attention", shrink=0.8)
+        ticks = range(len(data)) if len(data) <= 48 else []
+        bottom.set(title=f"attention of layer {layer}, head {head}", xlabel="key", ylabel="query")
+        for axis in (bottom.xaxis, bottom.yaxis):
+            axis.set_ticks(ticks, [shown(byte) for byte in data] if ticks else [], fontsize=9, family="monospace")
+        return fig
+
+    def live(text, layer, head):
+        data, scores, experts, _ = look(text, layer, head)
+        spans = []
+        for byte, row, chosen in zip(data, scores, experts, strict=True):
+            told = html.escape(", ".join(f"expert {e}: score {row[e]:.2f}" for e in chosen.tolist()))
+            spans.append(f'<span title="{told}" style="border:1px solid;padding:1px">{html.escape(shown(byte))}</span>')
+        display(HTML("hover a byte to see its experts: <code>" + " ".join(spans) + "</code>"))
+        show(figure(text, layer, head), "the same as a picture")
+
+    alt = f"{text!r}, a box a byte, coloured and numbered by the byte's heaviest expert; below it the attention of "
+    show(figure(text, layer, head), alt + f"layer {layer}, head {head}: a lower triangle of query by key.")
+    if "DSV3_NB_STATIC" not in os.environ:
+        import ipywidgets as widgets
+
+        box = widgets.Text(text, description="your text", continuous_update=False)
+        layers, heads = model.config.num_hidden_layers - 1, model.config.num_attention_heads - 1
+        widgets.interact(live, text=box, layer=(0, layers), head=(0, heads))
