@@ -9,7 +9,6 @@ measured in the same run, so that a figure means something on any machine.
 
 import argparse
 import gc
-import resource
 import statistics
 import subprocess
 import sys
@@ -83,7 +82,7 @@ def limits(arguments):
     size = 8192 if arguments.device == "cuda" else 2048
     a = torch.randn(size, size, device=arguments.device).to(getattr(torch, arguments.dtype))
     product = min(clock(lambda: a @ a, arguments.device) for _ in range(5))
-    source = torch.empty(1 << 28, dtype=torch.uint8, device=arguments.device)
+    source = torch.empty(1 << 30, dtype=torch.uint8, device=arguments.device)  # beyond any cache
     target = torch.empty_like(source)
     copy = min(clock(lambda: target.copy_(source), arguments.device) for _ in range(5))
     return 2 * size**3 / product, 2 * source.numel() / copy
@@ -114,7 +113,7 @@ def filled_caches(model, length, batch):
 
 
 @torch.no_grad()
-def decode(arguments, model, twin, length, batch=1, tokens=8, count=5):
+def decode(arguments, model, twin, length, batch=1, tokens=8, count=3):
     mine, other = filled_caches(model, length, batch)
     token = torch.ones(batch, 1, dtype=torch.long, device=model.device)
 
@@ -150,7 +149,7 @@ def prefill_flops(model, T):
 
 
 @torch.no_grad()
-def prefill(arguments, model, twin, length, count=3):
+def prefill(arguments, model, twin, length, count=2):
     tokens = torch.randint(0, model.config.vocab_size, (1, length), device=model.device)
     mine = lambda: model(tokens, use_cache=True, logits_to_keep=1)  # noqa: E731
     other = lambda: twin(tokens, use_cache=True, logits_to_keep=1)  # noqa: E731
@@ -206,23 +205,29 @@ def memory_of(side, arguments, length):
     return [float(word) for word in printed.split()[-2:]]
 
 
+def memory_now(field):
+    """A line of /proc/self/status in MB: VmRSS, or VmHWM, the peak."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(field)) / 1024
+
+
 @torch.no_grad()
 def measure_memory(arguments):
-    """The child of memory_of: prints peak MB, and MB of it beyond imports and weights."""
+    """The child of memory_of: prints the peak in MB while decoding, and what of it was not there before."""
     model = ours(arguments)
     network = model if arguments.memory_of == "ours" else theirs(model)
     mine, other = filled_caches(model, arguments.length, 1)
     cache = mine if network is model else other
     del model, mine, other
     gc.collect()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with open("/proc/self/statm") as statm:
-        held = int(statm.read().split()[1]) * resource.getpagesize() / 1024
+    held = memory_now("VmRSS")
+    with open("/proc/self/clear_refs", "w") as refs:
+        refs.write("5")  # the peak counts from here
     token = torch.ones(1, 1, dtype=torch.long)
     for _ in range(4):
         network(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(peak / 1024, (max(peak, before) - held) / 1024)
+    peak = memory_now("VmHWM")
+    print(peak, peak - held)
 
 
 def main():
@@ -242,8 +247,8 @@ def main():
     twin = theirs(model)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     threads = torch.get_num_threads()
-    print(f"{size:.0f}M parameters, {arguments.dtype}, {arguments.device}, {threads} threads; the machine: "
-          f"{arguments.product_rate / 1e9:,.0f} GFLOP/s, copies {arguments.read_rate / 1e9:.1f} GB/s\n")
+    machine = f"{arguments.product_rate / 1e9:,.0f} GFLOP/s, copies {arguments.read_rate / 1e9:.1f} GB/s"
+    print(f"{size:.0f}M parameters, {arguments.dtype}, {arguments.device}, {threads} threads; {machine}\n")
     print("| work | ours | transformers | ratio (spread) | |\n| --- | --: | --: | --: | --- |")
     lengths = (128, 1024) if arguments.quick else (128, 1024, 4096, 16384)
     if "decode" in chosen:
@@ -259,8 +264,10 @@ def main():
     if "experts" in chosen:
         many_experts(arguments)
     if "memory" in chosen and arguments.device == "cpu":
-        (mine, mine_work), (other, other_work) = (memory_of(s, arguments, 4096) for s in ("ours", "theirs"))
+        (mine, mine_more), (other, other_more) = (memory_of(s, arguments, 4096) for s in ("ours", "theirs"))
         print(f"| peak memory, decode at 4,096, MB | {mine:.0f} | {other:.0f} | {mine / other:.2f} of theirs | |")
+        share = mine_more / other_more
+        print(f"| … of it beyond weights and cache | {mine_more:.0f} | {other_more:.0f} | {share:.2f} of theirs | |")
     return None
 
 
