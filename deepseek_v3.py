@@ -1863,12 +1863,18 @@ def save_tokenizer(tokenizer, directory):
     write_json(directory, "tokenizer_config.json", settings)
     write_json(directory, "tokenizer.json", json.loads(tokenizer.to_str()))
 
+def encoded(file, tokenizer):
+    """The encodings of a file's pieces, a few pieces in memory at a time."""
+    pieces = read_pieces(file)
+    while some := list(itertools.islice(pieces, 16)):
+        yield from tokenizer.encode_batch_fast(some)
+
 def write_tokens(files, tokenizer, path):
     """All files as one array of tokens on disk, each ended by the end-of-sentence token."""
     dtype, beside = token_dtype(tokenizer.get_vocab_size()), path.with_suffix(".tmp")
     with open(beside, "wb") as sink:
         for file in tqdm(files, desc="tokenising", unit="file"):
-            for encoding in tokenizer.encode_batch_fast(list(read_pieces(file))):
+            for encoding in encoded(file, tokenizer):
                 np.array(encoding.ids, dtype).tofile(sink)
             np.array([tokenizer.token_to_id(EOS)], dtype).tofile(sink)
     beside.replace(path)
@@ -2158,7 +2164,12 @@ def save_state(trainer):
 
     folder = trainer.out / "states" / f"step-{trainer.step:08d}"
     beside = folder.with_suffix(".tmp")
-    dcp.save(run_state(trainer), checkpoint_id=beside, no_dist=trainer.world == 1)
+    try:
+        dcp.save(run_state(trainer), checkpoint_id=beside, no_dist=trainer.world == 1)
+    except (RuntimeError, dcp.api.CheckpointException) as error:  # a full disk
+        shutil.rmtree(beside, ignore_errors=True)
+        why = str(error).strip().splitlines()[-1]
+        raise OSError(f"{beside}: cannot be written, older states are kept ({why})") from None
     if trainer.rank == 0:
         write_json(beside, "settings.json", run_settings(trainer))
         shutil.rmtree(folder, ignore_errors=True)

@@ -553,3 +553,19 @@ def test_importing_prints_and_changes_nothing():
     command = [sys.executable, "-c", IMPORT]
     run = subprocess.run(command, cwd=PATH.parent, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
+
+
+def test_the_readme_points_at_the_lines_that_compute_the_equations():
+    readme = (PATH.parent / "README.md").read_text()
+    spec = importlib.util.spec_from_file_location("equation_map", PATH.parent / "tests/equation_map.py")
+    equation_map = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(equation_map)
+    assert set(equation_map.cited_lines()) == set(range(1, 26))
+    assert equation_map.table() in readme, "run python tests/equation_map.py --write"
+
+
+def test_the_readme_begins_with_two_whole_set_ups():
+    block = re.search(r"```sh\n(.*?)```", (PATH.parent / "README.md").read_text(), re.S)[1].splitlines()
+    assert len(block) == 2
+    assert all(line.startswith("python3 -m venv .venv && ") for line in block)
+    assert block[0].endswith("deepseek_v3.py train") and block[1].endswith("-m pytest -q tests")

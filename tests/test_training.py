@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint
 import transformers
 
 import deepseek_v3
@@ -350,3 +351,20 @@ def test_simulated_fp8_moves_loss_and_gradients_a_little_and_nothing_else(words)
         error = (p.grad - q.grad).norm() / p.grad.norm()
         assert error < 0.25, name
     assert (plain.lm_head.weight.grad - rounded.lm_head.weight.grad).norm() > 0
+
+
+def test_a_state_that_cannot_be_written_leaves_the_older_one(words, tmp_path, monkeypatch):
+    run = trainer(words, "--out", tmp_path)
+    run.train_step()
+    deepseek_v3.save_state(run)
+    run.train_step()
+
+    def full(self, *ignored, **also):
+        raise RuntimeError("unexpected pos 704 vs 598")  # what torch says of a full disk
+
+    monkeypatch.setattr(torch.distributed.checkpoint.FileSystemWriter, "write_data", full)
+    with pytest.raises(OSError, match="step-00000002.tmp: cannot be written, older states are kept"):
+        deepseek_v3.save_state(run)
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "states").iterdir()] == ["step-00000001"]
+    assert trainer(words, "--out", tmp_path, "--resume").step == 1
