@@ -2421,7 +2421,7 @@ def add_train(commands):
     train.add_argument("--recompute", action="store_true", help="recompute layers to save memory")
     train.add_argument("--fp8", action="store_true", help="products as if in FP8, to see the loss")
     train.add_argument("--lr", type=float, default=4e-3, help="peak learning rate")
-    train.add_argument("--warmup", type=float, default=0.02, help="part of the run it rises over")
+    train.add_argument("--warmup", type=float, default=0.1, help="part of the run it rises over")
     train.add_argument("--gamma", type=float, default=0.002, help="step of the router bias")
     train.add_argument("--centred", action="store_true", help="router bias steps of mean zero")
     train.add_argument("--vocab-size", type=int, default=2048, help="of the tokenizer to train")

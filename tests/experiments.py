@@ -2,6 +2,7 @@
 
 balance  load violation and held-out loss without balancing, with the bias, with the balance loss
 fp8      loss with products in simulated FP8 against the same run in float32
+forward  held-out loss of a trained checkpoint (--checkpoint) with products in FP8 and without
 dense    the tiny model against a dense one of the same activated size, in the same wall-clock time
 """
 
@@ -79,6 +80,18 @@ def fp8(folder, steps, seeds):
         print(f"| {name} | {statistics.mean(means[name]):.3f} | {errors} |", flush=True)
 
 
+def forward(folder, steps, seeds, checkpoint="out"):
+    model = deepseek_v3.DeepseekV3ForCausalLM.from_pretrained(checkpoint)
+    vocabulary = model.config.vocab_size, model.config.eos_token_id
+    corpus = deepseek_v3.Corpus(Path(checkpoint) / "tokens.bin", *vocabulary, 128, 0)
+    tokens, labels = corpus.held_out(32)
+    with torch.no_grad():
+        plain = model(tokens, labels=labels).main_loss.item()
+        deepseek_v3.simulate_fp8(model)
+        rounded = model(tokens, labels=labels).main_loss.item()
+    print(f"held-out loss {plain:.4f}, with products in FP8 {rounded:.4f}: {rounded / plain - 1:+.2%}")
+
+
 def dense(folder, steps, seeds):
     tiny = deepseek_v3.DeepseekV3Config.tiny()
     layers, top = tiny.num_hidden_layers, tiny.num_experts_per_tok + tiny.n_shared_experts
@@ -102,9 +115,11 @@ def dense(folder, steps, seeds):
 
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("name", choices=("balance", "fp8", "dense"))
+    arguments.add_argument("name", choices=("balance", "fp8", "forward", "dense"))
     arguments.add_argument("--steps", type=int, default=250)
     arguments.add_argument("--seeds", type=int, default=3)
+    arguments.add_argument("--checkpoint", default="out", help="of forward")
     chosen = arguments.parse_args()
+    more = {"checkpoint": chosen.checkpoint} if chosen.name == "forward" else {}
     with tempfile.TemporaryDirectory() as directory:
-        globals()[chosen.name](Path(directory), chosen.steps, chosen.seeds)
+        globals()[chosen.name](Path(directory), chosen.steps, chosen.seeds, **more)
