@@ -259,8 +259,9 @@ def play(check, config):
     with check.watching(bindings((T, T), (1, T + 1), (1, T + 2))):
         sampling = dict(do_sample=True, top_k=7, top_p=0.9, generator=random)
         model.generate(first, first_mask, max_new_tokens=3, **sampling)
-    # A step of three tokens, and what the MTP modules see of the prompt and of up to three tokens.
-    every = [(n, n) for n in (1, 2, 3, T, T + 1)] + [(n, T + m) for n in (1, 2, 3) for m in range(8)]
+    # A step of three tokens, and what the MTP modules see of the prompt and of up to four rows.
+    steps = range(1, 5)
+    every = [(n, n) for n in (*steps, T, T + 1)] + [(n, T + m) for n in steps for m in range(9)]
     with check.watching(bindings(*every)):
         model.generate(first, first_mask, max_new_tokens=6, use_mtp=True, **sampling)
     with check.watching(bindings((T, T))):
