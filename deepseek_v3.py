@@ -2413,7 +2413,7 @@ def add_train(commands):
     train.add_argument("--data", help="text file or folder (default: Python's standard library)")
     train.add_argument("--config", help="config.json of the model (default: the tiny one)")
     train.add_argument("--out", default="out", help="folder for checkpoint, states, metrics.jsonl")
-    train.add_argument("--steps", type=int, default=400)
+    train.add_argument("--steps", type=int, default=550)
     train.add_argument("--batch", type=int, default=16, help="sequences a step, of all processes")
     train.add_argument("--batch-ramp", type=float, default=0.0, help="part of a run it grows in")
     train.add_argument("--length", type=int, default=128, help="tokens a sequence")
