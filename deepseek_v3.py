@@ -464,7 +464,7 @@ class Experts(nn.Module):
         gate = self.product("gate_proj", rows, ends)  # (B*T*K, F)
         hidden = F.silu(gate) * self.product("up_proj", rows, ends)  # (B*T*K, F)
         sorted_visits = self.product("down_proj", hidden, ends)  # (B*T*K, D)
-        visits = torch.empty_like(rows).index_copy(0, order, sorted_visits)
+        visits = torch.empty_like(sorted_visits).index_copy_(0, order, sorted_visits)
         visits = visits.unflatten(0, indices.shape)  # (B, T, K, D)
         out = (visits * weights.unsqueeze(-1)).sum(-2)  # (B, T, D) Eq. 12: the routed sum
         return out.to(x.dtype)
@@ -2065,7 +2065,7 @@ class Trainer:
         vectors = [p for p in self.model.parameters() if p.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": 0.1}]
         groups += [{"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, options.lr, betas=(0.9, 0.95))
+        self.optimizer = torch.optim.AdamW(groups, options.lr, betas=(0.9, 0.95), fused=True)
         load_state(self)
 
     def run(self):
