@@ -162,17 +162,24 @@ def prefill(arguments, model, twin, length, count=2):
 def training(arguments, model, twin, batch=4, length=256, count=3):
     tokens = torch.randint(0, model.config.vocab_size, (batch, length), device=model.device)
 
-    def step(network, optimizer):
-        network(tokens, labels=tokens).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    def stepping(network):
+        network.train()
+        optimizer = torch.optim.AdamW(network.parameters(), 1e-5, fused=True)
 
-    sides = []
-    for network in (model, twin):
-        optimizer = torch.optim.AdamW(network.parameters(), 1e-5)
-        sides.append(lambda network=network.train(), optimizer=optimizer: step(network, optimizer))
-    timed = pairs(*sides, count, arguments.device)
+        def step():
+            network(tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    timed = pairs(stepping(model), stepping(twin), count, arguments.device)
     report(f"training step {batch} x {length}", timed, batch * length, "tokens/s")
+    if arguments.dtype == "float32" and arguments.device == "cpu":
+        half = ours(arguments).bfloat16()
+        timed = pairs(stepping(half), stepping(model), count, arguments.device)
+        ratio = statistics.median(b / a for a, b in timed)
+        print(f"| training step in bfloat16, ours | | | {ratio:.2f}x our float32 | |", flush=True)
     model.eval(), twin.eval()
 
 

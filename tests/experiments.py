@@ -21,8 +21,8 @@ import deepseek_v3  # noqa: E402
 CORPUS = {}  # the folder whose tokenizer and tokens all runs share
 
 
-def train(out, seed=0, steps=250, seconds=None, config=None, flags=()):
-    """Train in folder `out` -> its lines of metrics, the last with val_loss; stop after `seconds`."""
+def start(out, seed=0, steps=250, config=None, flags=()):
+    """A Trainer in folder `out`, on the corpus that all runs share."""
     out.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer.json", "tokens.bin"):
         if (CORPUS.get("folder") or out) != out:
@@ -32,16 +32,25 @@ def train(out, seed=0, steps=250, seconds=None, config=None, flags=()):
     if config is not None:
         (out / "given.json").write_text(json.dumps(config))
         words += ["--config", str(out / "given.json")]
-    trainer = deepseek_v3.Trainer(deepseek_v3.parser().parse_args(words))
-    lines, spent = [], 0.0
-    while trainer.step < steps and (seconds is None or spent < seconds):
+    return deepseek_v3.Trainer(deepseek_v3.parser().parse_args(words))
+
+
+def train(out, *arguments, **options):
+    """Train in folder `out` -> its lines of metrics, the last with val_loss."""
+    trainer, lines = start(out, *arguments, **options), []
+    while trainer.step < trainer.options.steps:
         lines.append(trainer.train_step())
-        options = trainer.options
-        spent += options.batch * options.length / lines[-1]["tokens_per_second"]
         print(f"\r{out.name} step {trainer.step} loss {lines[-1]['main_loss']:.3f}", end="", file=sys.stderr)
     print(file=sys.stderr)
-    lines[-1] |= trainer.evaluate() | {"seconds": spent}
+    lines[-1] |= trainer.evaluate()
     return lines
+
+
+def step_ratio(folder, config, rival, count=30):
+    """How often longer a step with `config` takes than one with `rival`, steps alternating."""
+    sides = [start(folder / f"clock-{i}", config=c) for i, c in enumerate((config, rival))]
+    seconds = [[1 / side.train_step()["tokens_per_second"] for side in sides] for _ in range(count)]
+    return statistics.median(a / b for a, b in seconds[3:])
 
 
 def spread(values):
@@ -96,21 +105,18 @@ def dense(folder, steps, seeds):
     tiny = deepseek_v3.DeepseekV3Config.tiny()
     layers, top = tiny.num_hidden_layers, tiny.num_experts_per_tok + tiny.n_shared_experts
     same = {"first_k_dense_replace": layers + 1, "intermediate_size": top * tiny.moe_intermediate_size}
-    print(f"seconds of the tiny config's {steps} steps for both, {seeds} seeds")
+    shapes = {"experts": tiny.to_dict(), "dense": tiny.to_dict() | same}
+    ratio = step_ratio(folder, *shapes.values())
+    print(f"a step with experts takes {ratio:.2f} times as long; both have the time of its {steps} steps")
     print("| model | parameters | steps | held-out bits a byte |\n| --- | --: | --: | --: |")
-    for seed in range(seeds):
-        sparse = train(folder / f"sparse-{seed}", seed, steps)
-        seconds, config = sparse[-1]["seconds"], tiny.to_dict() | same
-        # The schedule is set by the steps that the dense model makes in that time.
-        probe = train(folder / f"probe-{seed}", seed, 20, config=config)
-        fits = int(seconds / probe[-1]["seconds"] * 20)
-        rival = train(folder / f"dense-{seed}", seed, fits, seconds, config=config)
-        for name, lines, shape in (("experts", sparse, tiny.to_dict()), ("dense", rival, config)):
-            with torch.device("meta"):
-                model = deepseek_v3.DeepseekV3ForCausalLM(deepseek_v3.DeepseekV3Config(**shape))
-            size = sum(p.numel() for p in model.parameters()) / 1e6
-            bits = lines[-1]["val_bits_per_byte"]
-            print(f"| {name}, seed {seed} | {size:.2f}M | {len(lines)} | {bits:.3f} |", flush=True)
+    for name, config in shapes.items():
+        with torch.device("meta"):
+            model = deepseek_v3.DeepseekV3ForCausalLM(deepseek_v3.DeepseekV3Config(**config))
+        size = sum(p.numel() for p in model.parameters()) / 1e6
+        count = steps if name == "experts" else round(steps * ratio)
+        runs = [train(folder / f"{name}-{s}", s, count, config) for s in range(seeds)]
+        bits = spread([lines[-1]["val_bits_per_byte"] for lines in runs])
+        print(f"| {name} | {size:.2f}M | {count} | {bits} |", flush=True)
 
 
 if __name__ == "__main__":
