@@ -1094,12 +1094,9 @@ def decode(model, window, attention_mask, sampling, most_drafts, text):
     last = last_real_token(hidden, None, attention_mask, None)  # (B)
     newest = hidden[torch.arange(len(last), device=last.device), last].unsqueeze(1)
     p = sampling.distribution(model.lm_head(newest))
-    drafts, none = window[:, :0], (window[:, :0], None)
+    drafts, q = none = window[:, :0], p[:, :0]
     while True:
-        if drafts.shape[1]:
-            accepted, token = sampling.accept(drafts, q, p)
-        else:
-            accepted, token = torch.zeros_like(last), sampling.draw(p[:, 0])
+        accepted, token = sampling.accept(drafts, q, p)
         text.add(drafts, accepted, token)
         if all(text.finished):
             return
@@ -1773,14 +1770,12 @@ BOS, EOS = "<|begin_of_sentence|>", "<|end_of_sentence|>"
 def corpus_files(data, seed):
     """The text files of a file or folder, or of the Python standard library, in shuffled order."""
     root = Path(sysconfig.get_path("stdlib") if data is None else data)
-    if data is not None and not root.exists():
-        raise FileNotFoundError(f"--data {root}: no such file or folder")
     others = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"}
     skipped = {"__pycache__"} | (set() if data else others)
     found = [root] if root.is_file() else sorted(root.rglob("*.py" if data is None else "[!.]*"))
     files = [file for file in found if file.is_file() and not skipped & set(file.parts)]
     if not files:
-        hint = "holds no files" if data else "this Python came without its sources, give --data"
+        hint = "no file there" if data else "this Python came without its sources, give --data"
         raise ValueError(f"{root}: {hint}")
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))
     return [files[i] for i in order]
@@ -1796,22 +1791,9 @@ def read_pieces(path, size=1 << 20):
 
 def train_tokenizer(files, vocab_size):
     """A byte-level BPE tokenizer of at most vocab_size tokens; ids 0 and 1 begin and end a text."""
-    tokenizer, pieces = ByteLevelBPETokenizer(), (p for file in files for p in read_pieces(file))
-    how = {"special_tokens": [BOS, EOS], "show_progress": False}
-    tokenizer.train_from_iterator(pieces, vocab_size, **how)
-    return Tokenizer.from_str(tokenizer.to_str())
-
-def write_tokens(files, tokenizer, path):
-    """All files as one array of tokens on disk, each ended by the end-of-sentence token."""
-    dtype, beside = token_dtype(tokenizer.get_vocab_size()), path.with_suffix(".tmp")
-    with open(beside, "wb") as sink:
-        for file in tqdm(files, desc="tokenising", unit="file"):
-            pieces = read_pieces(file)
-            while some := list(itertools.islice(pieces, 16)):  # encoded side by side
-                ids = [encoding.ids for encoding in tokenizer.encode_batch(some)]
-                np.concatenate(ids).astype(dtype).tofile(sink)
-            np.array([tokenizer.token_to_id(EOS)], dtype).tofile(sink)
-    beside.replace(path)
+    bpe, pieces = ByteLevelBPETokenizer(), (p for file in files for p in read_pieces(file))
+    bpe.train_from_iterator(pieces, vocab_size, show_progress=False, special_tokens=[BOS, EOS])
+    return Tokenizer.from_str(bpe.to_str())
 
 def token_dtype(vocab_size):
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
@@ -1934,7 +1916,10 @@ def shard(model, device):
     return model
 
 def prepare_data(options):
-    """Make tokenizer.json and tokens.bin in options.out, once: a resumed run finds them there."""
+    """Make tokenizer.json and tokens.bin in options.out, once: a resumed run finds them there.
+
+    tokens.bin is all files as one array of tokens, each file ended by the end-of-sentence token.
+    """
     out, tokens = Path(options.out), Path(options.out) / "tokens.bin"
     if options.resume and tokens.exists():
         return
@@ -1947,7 +1932,15 @@ def prepare_data(options):
     # What transformers' AutoTokenizer wants beside it.
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS}
     write_json(out / "tokenizer_config.json", settings | {"clean_up_tokenization_spaces": False})
-    write_tokens(files, tokenizer, tokens)
+    dtype, beside = token_dtype(tokenizer.get_vocab_size()), tokens.with_suffix(".tmp")
+    with open(beside, "wb") as sink:
+        for file in tqdm(files, desc="tokenising", unit="file"):
+            pieces = read_pieces(file)
+            while some := list(itertools.islice(pieces, 16)):  # encoded side by side
+                ids = [encoding.ids for encoding in tokenizer.encode_batch_fast(some)]
+                np.concatenate(ids).astype(dtype).tofile(sink)
+            np.array([tokenizer.token_to_id(EOS)], dtype).tofile(sink)
+    beside.replace(tokens)
 
 class Trainer:
     """One run: model, optimizer, data, and what it writes to options.out.
@@ -2263,7 +2256,7 @@ class Parser(argparse.ArgumentParser):
     """argparse's, which says what is wrong in one line."""
 
     def error(self, message):
-        print(f"{self.prog}: {message} (see --help)", file=sys.stderr)
+        print(f"{self.prog}: {message}", file=sys.stderr)
         sys.exit(2)
 
 def at_least(least, kind=int):
@@ -2319,15 +2312,15 @@ def parser():
 
 def main(arguments=None):
     """Run a command; a bad argument or file is one line on stderr and exit status 2."""
-    options = parser().parse_args(arguments)
     commands = {"train": train_command, "generate": generate_command, "info": info_command}
+    command_line = parser()
+    options = command_line.parse_args(arguments)
     try:
         commands[options.command](options)
     except FloatingPointError as error:
         sys.exit(f"deepseek_v3.py: {error}")
     except (ValueError, OSError) as error:
-        print(f"deepseek_v3.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        command_line.error(error)
 
 if __name__ == "__main__":
     main()
