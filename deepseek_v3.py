@@ -1506,22 +1506,21 @@ def check_coverage(model, stored, sources, whole):
         else:
             wanted |= dict.fromkeys(pieces, tuple(find_tensor(model, name).shape[-2:]))
     wanted |= {n: wanted[of] for n, of in mtp_copies(model, depth).items() if n in stored.files}
-    fp8 = [n for n in wanted if n in stored.files and stored.find(n).dtype == FP8]
-    scales = {name + SCALE: blocks_of(wanted[name]) for name in fp8}
+    in_fp8 = (n for n in wanted if n in stored.files and stored.find(n).dtype == FP8)
+    scales = {name + SCALE: blocks_of(wanted[name]) for name in in_fp8 if len(wanted[name]) > 1}
     for name, shape in (wanted | scales).items():
         found = stored.find(name) if name in stored.files else None
-        kinds = "BF16, F32, F64" + ", F8_E4M3" * (len(shape) > 1 and name not in scales)
         if found is None:
             wrong.append(f"{name}: missing")
-        elif found.dtype not in [KINDS[kind] for kind in kinds.split(", ")]:
-            wrong.append(f"{name}: of dtype {found.dtype}, must be one of {kinds}")
+        elif found.dtype not in KINDS.values() or found.dtype == FP8 and name + SCALE not in scales:
+            wrong.append(f"{name}: {found.dtype}, must be BF16, F32, F64 or, a matrix, F8_E4M3")
         elif found.shape != shape:
             wrong.append(f"{name}: of shape {found.shape}, must be {shape}")
     layers = [f"model.layers.{i}." for i in range(depth + max(whole.num_nextn_predict_layers, 1))]
     unused = [layer for layer in layers if not any(name.startswith(layer) for name in wanted)]
     unused += [] if isinstance(model, DeepseekV3ForCausalLM) else ["lm_head."]
     for name in stored.files.keys() - wanted.keys() - scales.keys():
-        if not name.startswith((*unused,)) and not name.endswith("rotary_emb.inv_freq"):
+        if not name.startswith(tuple(unused)) and not name.endswith("rotary_emb.inv_freq"):
             wrong.append(f"{name}: unexpected")
     if wrong:
         more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
@@ -1921,7 +1920,7 @@ def prepare_data(options):
     tokens.bin is all files as one array of tokens, each file ended by the end-of-sentence token.
     """
     out, tokens = Path(options.out), Path(options.out) / "tokens.bin"
-    if options.resume and tokens.exists():
+    if options.resume and tokens.exists() and (out / "tokenizer.json").exists():
         return
     files = corpus_files(options.data, options.seed)
     tokenizer = train_tokenizer(files, options.vocab_size)
