@@ -1660,9 +1660,7 @@ def plan_devices(sizes, room, balanced=True):
         cap = bisect_left(range(cap), True, key=lambda cap: None not in fill(cap, {}).values())
     plan = fill(cap, rest)
     if None in plan.values():
-        largest, most = max(sizes.values()), max(room.values(), default=0)
-        needed = f"{sum(sizes.values()):,} bytes do not fit, the largest part {largest:,}"
-        raise ValueError(f"{needed}: add more to {len(room)} devices of up to {most:,}, or 'disk'")
+        raise ValueError(f"{sum(sizes.values()):,} bytes do not fit in {room}: add more, or 'disk'")
     return plan
 
 def stored_tensors(model, quantize):
@@ -2051,7 +2049,7 @@ def run_settings(trainer):
     """What a resumed run must have in common with the run that it continues."""
     options = {name: getattr(trainer.options, name) for name in ("batch", "length", "seed")}
     config = trainer.config.to_dict() | {"mtp_loss_weight": None}  # a schedule moves it
-    return json.loads(json.dumps(options | {"tokens": len(trainer.corpus.tokens)} | config))
+    return options | {"tokens": len(trainer.corpus.tokens)} | config
 
 def run_state(trainer):
     """Model, optimizer and counters, as torch.distributed.checkpoint takes them."""
@@ -2238,7 +2236,9 @@ def print_sizes(model, kinds, sizes):
 def print_split(model, sizes, gpus, gib):
     """Which layers each GPU would hold, with bars; or how many GPUs it would take."""
     units, work = unit_sizes(model, sizes)
-    room = int(gib * 2**30) - work
+    room, least = int(gib * 2**30) - work, max(units.values())
+    if least > room:
+        raise ValueError(f"--gpu-memory {gib:g}: one layer takes {(least + work) / 2**30:.1f} GiB")
     needed = 1 + max(plan_devices(units, dict.fromkeys(range(len(units)), room), False).values())
     if needed > gpus:
         print(f"{gpus} GPUs of {gib:g} GiB do not hold it: it takes {needed}")
