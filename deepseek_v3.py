@@ -2132,12 +2132,11 @@ def generate_command(options):
     stream_text(model, tokenizer, prompt, *how, echo=not options.chat, **draft)
     print()
     if steps:  # (drafted, accepted) of each
-        tokens_a_step = 1 + sum(accepted for _, accepted in steps) / len(steps)
+        gain = 1 + sum(accepted for _, accepted in steps) / len(steps)
         positions = range(max(drafted for drafted, _ in steps))
         stood = [[accepted > i for drafted, accepted in steps if drafted > i] for i in positions]
         parts = ", ".join(f"{sum(those) / len(those):.0%}" for those in stood)
-        report = f"{tokens_a_step:.2f} tokens a step; drafts accepted by position: {parts}"
-        print(report, file=sys.stderr)
+        print(f"{gain:.2f} tokens a step; drafts accepted by position: {parts}", file=sys.stderr)
 
 def chat_prompt(directory, text):
     """The text of a user as the folder's own chat template puts it to the model."""
