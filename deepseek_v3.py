@@ -72,7 +72,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -1002,19 +1002,15 @@ class Sampling:
         # Where p and q differ by rounding only, nothing may be left to draw from: then p is right.
         return accepted, self.draw(residual.where(residual.sum(-1, keepdim=True) > 0, p))
 
-def stop_ids(config, eos_token_id):
-    """End-of-sequence ids as a list: those given, else the config's; -1 stands for none."""
-    given = config.eos_token_id if eos_token_id is None else eos_token_id
-    ids = given if isinstance(given, list | tuple) else [] if given is None else [given]
-    return [] if -1 in ids else list(ids)
-
 class Continuation:
     """What each row has gained, up to `most` tokens; a column is made once every row has it."""
 
     def __init__(self, config, rows, most, eos_token_id, streamer, statistics):
         self.most, self.streamer = most, streamer
         self.statistics = [] if statistics is None else statistics
-        self.stops = stop_ids(config, eos_token_id)
+        given = config.eos_token_id if eos_token_id is None else eos_token_id
+        stops = given if isinstance(given, list | tuple) else [] if given is None else [given]
+        self.stops = [] if -1 in stops else list(stops)
         self.pad = (self.stops or [0])[0] if config.pad_token_id is None else config.pad_token_id
         self.rows, self.columns, self.finished = [[] for _ in range(rows)], [], [most == 0] * rows
 
@@ -1098,12 +1094,9 @@ def decode(model, window, attention_mask, sampling, most_drafts, text):
     last = last_real_token(hidden, None, attention_mask, None)  # (B)
     newest = hidden[torch.arange(len(last), device=last.device), last].unsqueeze(1)
     p = sampling.distribution(model.lm_head(newest))
-    drafts, none = window[:, :0], (window[:, :0], None)
+    drafts, q = none = window[:, :0], p[:, :0]
     while True:
-        if drafts.shape[1]:
-            accepted, token = sampling.accept(drafts, q, p)
-        else:
-            accepted, token = torch.zeros_like(last), sampling.draw(p[:, 0])
+        accepted, token = sampling.accept(drafts, q, p)
         text.add(drafts, accepted, token)
         if all(text.finished):
             return
@@ -1165,23 +1158,20 @@ FIXED_KEYS |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 
 def config_values(given):
     """The fields of a config and `extra`, from keywords in any of the spellings in use."""
+    values = {field.name: field.default for field in dataclasses.fields(DeepseekV3Config)}
     whole_file = "model_type" in given
+    values |= {"num_nextn_predict_layers": 0} if whole_file else {"rope_scaling": dict(YARN_V3)}
     if "rope_parameters" in given:  # transformers 5 has both RoPE settings in one dict
         rope = dict(given.pop("rope_parameters") or {})
         given |= {"rope_theta": rope.pop("rope_theta", 10000.0), "rope_scaling": rope or None}
-    elif not whole_file:
-        given.setdefault("rope_scaling", dict(YARN_V3))
     if "num_mtp_layers" in given:  # transformers' name
         given["num_nextn_predict_layers"] = given.pop("num_mtp_layers")
-    if whole_file:
-        given.setdefault("num_nextn_predict_layers", 0)
     if "num_labels" not in given and isinstance(given.get("id2label"), dict):
         given["num_labels"] = len(given["id2label"])
     if given.get("num_key_value_heads") is None:
-        heads = given.get("num_attention_heads", DeepseekV3Config.num_attention_heads)
+        heads = given.get("num_attention_heads", values["num_attention_heads"])
         given["num_key_value_heads"] = heads
-    fields = dataclasses.fields(DeepseekV3Config)
-    values = {field.name: given.pop(field.name, field.default) for field in fields}
+    values = {name: given.pop(name, default) for name, default in values.items()}
     rope = values["rope_scaling"]
     if isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) == "default":
         values["rope_scaling"] = None
@@ -1192,13 +1182,14 @@ def config_dict(config):
     known = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return FIXED_KEYS | known | config.extra
 
-def load_config(cls, directory, file="config.json", **overrides):
-    """Read directory/config.json; ValueError or FileNotFoundError names what is wrong."""
-    return cls(**(FIXED_KEYS | read_json(directory, file) | overrides))
+def load_config(cls, path, **overrides):
+    """Read a folder's config.json, or that file; an error names what is wrong."""
+    file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+    return cls(**(FIXED_KEYS | read_json(file) | overrides))
 
 def save_config(config, directory):
     """Write directory/config.json."""
-    write_json(directory, "config.json", config.to_dict())
+    write_json(Path(directory) / "config.json", config.to_dict())
 
 DeepseekV3Config.to_dict = config_dict
 DeepseekV3Config.from_pretrained = classmethod(load_config)
@@ -1212,20 +1203,19 @@ def check_config(config):
             value = getattr(config, name) if hasattr(config, name) else config.extra[name]
             raise ValueError(f"{name}={value!r}: must be {right}")
 
-    names = [field.name for field in dataclasses.fields(config)]
+    fields = {field.name: field.type for field in dataclasses.fields(config)}
     for key in config.extra:
-        for meant in difflib.get_close_matches(key, names, n=1, cutoff=0.9):
+        for meant in difflib.get_close_matches(key, fields, n=1, cutoff=0.9):
             raise ValueError(f"{key!r} is not a config field: did you mean {meant!r}?")
-    can_be_zero = ("first_k_dense_replace", "num_nextn_predict_layers", "n_shared_experts")
-    for field in dataclasses.fields(config):
-        name, kind, value = field.name, field.type, getattr(config, field.name)
-        boolean = isinstance(value, bool) == (kind is bool)
-        finite = not isinstance(value, float) or math.isfinite(value)
-        right = getattr(kind, "__name__", kind)
-        require(name, isinstance(value, kind) and boolean and finite, right)
-        if kind in (int, int | None) and value is not None and not name.endswith("token_id"):
-            least = 0 if name in can_be_zero else 1
-            require(name, value >= least, f"{least} or more")
+    can_be_zero = {"first_k_dense_replace", "num_nextn_predict_layers", "n_shared_experts"}
+    can_be_zero |= {"initializer_range", "mtp_loss_weight", "balance_loss_weight"}
+    for name, kind in fields.items():
+        value = getattr(config, name)
+        typed = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+        require(name, typed, getattr(kind, "__name__", kind))
+        if isinstance(value, int | float) and kind is not bool and not name.endswith("token_id"):
+            right = "0 or more, and finite" if name in can_be_zero else "above 0, and finite"
+            require(name, 0 < value < math.inf or value == 0 and name in can_be_zero, right)
     G, per_group = config.n_group, config.n_routed_experts // config.n_group
     reach = config.topk_group * per_group
     heads = config.num_attention_heads
@@ -1235,13 +1225,13 @@ def check_config(config):
     require("n_group", G == 1 or per_group >= 2, "1, or leave 2 experts or more a group")
     require("topk_group", config.topk_group <= G, f"at most n_group={G}")
     require("num_experts_per_tok", config.num_experts_per_tok <= reach, f"at most {reach}")
-    require("rms_norm_eps", config.rms_norm_eps > 0, "above 0")
     require("rope_theta", config.rope_theta > 1, "above 1")
-    require("routed_scaling_factor", config.routed_scaling_factor > 0, "above 0")
-    require("initializer_range", config.initializer_range >= 0, "0 or more")
     for name, only in (FIXED_KEYS | {"moe_layer_freq": 1, "rope_interleave": True}).items():
         allowed = (only, "kimi_k2") if name == "model_type" else (only,)
         require(name, config.extra.get(name, only) in allowed, f"{only!r}, as in this whole family")
+    fp8 = config.extra.get("quantization_config") or QUANTIZATION
+    released = isinstance(fp8, dict) and QUANTIZATION.items() <= (QUANTIZATION | fp8).items()
+    require("quantization_config", released, f"as released, {QUANTIZATION}")
     if config.rope_scaling is not None:
         check_yarn(config.rope_scaling)
 
@@ -1253,15 +1243,13 @@ def check_yarn(yarn):
         raise ValueError("rope_scaling['truncate']=False: must be true, as in this whole family")
     needed = ("factor", "original_max_position_embeddings")
     for key in (*needed, "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"):
-        value = yarn.get(key, None if key in needed else 1)
-        optional = key not in needed and value in (None, 0)
+        value = yarn.get(key)
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not optional and not (number and 0 < value < math.inf):
+        if not (number and 0 < value < math.inf) and (key in needed or value not in (None, 0)):
             raise ValueError(f"rope_scaling[{key!r}]={value!r}: must be a number above 0")
 
-def read_json(directory, name):
-    """The object in directory/name; FileNotFoundError or ValueError names the file."""
-    path = Path(directory) / name
+def read_json(path):
+    """The object in a file; FileNotFoundError or ValueError names the file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
@@ -1272,12 +1260,12 @@ def read_json(directory, name):
         raise ValueError(f"{path}: holds {type(content).__name__}, must be a JSON object")
     return content
 
-def write_json(directory, name, content):
-    """Write directory/name in one step: a reader sees the old file or the new one."""
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    beside = Path(directory) / f".{name}.tmp"
+def write_json(path, content):
+    """Write a file in one step: a reader sees the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.tmp")
     beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    beside.replace(Path(directory) / name)
+    beside.replace(path)
 
 # FP8 weights: found by their dtype, never by name. The scale of a 128 x 128 block *multiplies* it, in
 # spite of its name; blocks at the lower and right edge may be smaller.
@@ -1339,47 +1327,46 @@ def apply_to_tensors(model, fn, recurse=True):
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
-Stored = namedtuple("Stored", "path dtype shape begin nbytes")  # where a tensor lies
+Stored = namedtuple("Stored", "file path dtype shape begin nbytes")  # where a tensor lies
 
 def read_header(path):
     """{name: Stored} and metadata of a safetensors file; an error names one that is not whole."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        metadata = safe_open(path, framework="pt").metadata()  # checks names, sizes and offsets
+        file = safe_open(path, framework="pt")  # checks names, sizes and offsets
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
-    with open(path, "rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(start - 8))
-    header.pop("__metadata__", None)
+    start = 8 + int(np.fromfile(path, "<u8", 1)[0])
+    header = json.loads(np.fromfile(path, np.uint8, start - 8, offset=8).tobytes())
+    metadata = header.pop("__metadata__", None) or {}
     for name, entry in header.items():
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        header[name] = Stored(path, KINDS.get(dtype, dtype), shape, start + begin, end - begin)
-    return header, metadata or {}
+        kind = KINDS.get(dtype, dtype)
+        header[name] = Stored(file, path, kind, shape, start + begin, end - begin)
+    return header, metadata
 
 class Checkpoint:
     """The tensors of a folder by name; a file is opened when something in it is asked for."""
 
     def __init__(self, directory):
-        self.directory, self.headers, self.maps = Path(directory), {}, {}
+        self.directory, self.headers = Path(directory), {}
         if (self.directory / SINGLE).is_file():  # it goes before an index, as in transformers
             self.headers[SINGLE], self.metadata = read_header(self.directory / SINGLE)
             self.files = dict.fromkeys(self.headers[SINGLE], SINGLE)
         elif (self.directory / INDEX).is_file():
-            index = read_json(self.directory, INDEX)
+            index = read_json(self.directory / INDEX)
             self.files, metadata = index.get("weight_map"), index.get("metadata")
             self.metadata = metadata if isinstance(metadata, dict) else {}
             for name, file in self.files.items() if isinstance(self.files, dict) else [("", None)]:
-                plain = isinstance(file, str) and Path(file).name == file
-                if not plain or not file.endswith(".safetensors"):
+                if not re.fullmatch(r"[^/\\]+\.safetensors", str(file)):
                     what = f"{self.directory / INDEX}: weight_map[{name!r}]={file!r}"
                     raise ValueError(f"{what}: must be a .safetensors file beside it")
         else:
             raise FileNotFoundError(f"{directory}: no {SINGLE}, no {INDEX} (pickles are not read)")
         # A save that was cut off at its very end left its config under the name that the weights give.
-        pending = Path(str(self.metadata.get("config"))).name
-        self.config_file = pending if (self.directory / pending).is_file() else "config.json"
+        pending = self.directory / Path(str(self.metadata.get("config"))).name
+        self.config_file = pending if pending.is_file() else self.directory / "config.json"
 
     def find(self, name):
         """The Stored of a tensor; ValueError if its file and the index disagree."""
@@ -1398,25 +1385,22 @@ class Checkpoint:
         data = np.fromfile(stored.path, np.uint8, stored.nbytes, offset=stored.begin)
         return torch.from_numpy(data).view(stored.dtype).view(stored.shape)
 
-    def fetch(self, name, device, dtype):
-        """A tensor and its scale or None, on a device; dtype None keeps what is stored.
+    def fetch(self, name, device, kind):
+        """A tensor held as `kind` (None: as stored) on a device, and its scales or None.
 
         On "disk", what needs no conversion stays in its file, and is read when it is used.
         """
-        if device == "disk" and dtype in (None, self.find(name).dtype):
-            file = self.files[name]
-            if file not in self.maps:
-                self.maps[file] = safe_open(self.directory / file, framework="pt")
-            weight = self.maps[file].get_tensor(name)
+        stored = self.find(name)
+        if device == "disk" and kind in (None, stored.dtype):
+            weight = stored.file.get_tensor(name)
         else:
             weight = self.read(name).to(real_device(device))
-        if weight.dtype != FP8:
-            return weight if dtype is None else weight.to(dtype), None
-        scale = self.read(name + SCALE).float()
+        if stored.dtype != FP8:
+            return weight if kind is None else weight.to(kind), None
+        scale = self.read(name + SCALE).float().to(weight.device)
         if not scale.isfinite().all():
             raise ValueError(f"{name + SCALE}: holds a NaN or an infinity")
-        scale = scale.to(weight.device)
-        return (weight, scale) if dtype is None else (dequantise(weight, scale, dtype), None)
+        return (weight, scale) if kind in (None, FP8) else (dequantise(weight, scale, kind), None)
 
 def owner(model, name):
     """The module that holds the parameter or buffer of a dotted name, and its name there."""
@@ -1475,16 +1459,18 @@ def load_pretrained(
     if dtype not in (None, *KINDS.values()) or dtype == FP8:
         raise ValueError(f"{dtype=}: must be None, torch.bfloat16, float32 or float64")
     stored = Checkpoint(directory)
-    whole = DeepseekV3Config.from_pretrained(directory, stored.config_file)
+    whole = DeepseekV3Config.from_pretrained(stored.config_file)
     config = DeepseekV3Config(**(whole.to_dict() | overrides))
-    check_quantization(config.extra.get("quantization_config"))
     slice_config(config, stored, num_hidden_layers, issubclass(cls, DeepseekV3ForCausalLM))
     with torch.device("meta"):
         model = cls(config)
     sources = released_names(model, whole.num_hidden_layers)
     check_coverage(model, stored, sources, whole)
-    check_copies(stored, mtp_copies(model, whole.num_hidden_layers))
-    kinds = {name: held_kind(model, name, stored, sources[name][0], dtype) for name in sources}
+    for copy, of in mtp_copies(model, whole.num_hidden_layers).items():
+        both = (stored.read(n).view(torch.uint8) for n in (copy, of) if copy in stored.files)
+        if copy in stored.files and not torch.equal(*both):
+            raise ValueError(f"{copy}: differs from {of}, of which it must be a copy")
+    kinds = held_kinds(model, sources, stored, dtype)
     sizes = {name: held_bytes(find_tensor(model, name), kind) for name, kind in kinds.items()}
     devices = assign_devices(model, sizes, device_map, max_memory)
     look = dict(desc="loading", unit="B", unit_scale=True, disable=None)  # silent without a terminal
@@ -1497,13 +1483,6 @@ def load_pretrained(
     if dtype is not None:
         config.extra.pop("quantization_config", None)
     return model.eval()
-
-def check_quantization(settings):
-    """ValueError for a config's quantization that is not the released one."""
-    given = settings if isinstance(settings, dict) else {"quant_method": settings or "fp8"}
-    for key, right in QUANTIZATION.items():
-        if given.get(key, right) != right and key != "activation_scheme":
-            raise ValueError(f"quantization_config[{key!r}]={given[key]!r}: must be {right!r}")
 
 def slice_config(config, stored, kept, causal):
     """Cut a config to `kept` layers, if asked for, and to the MTP modules that are there."""
@@ -1520,55 +1499,43 @@ def slice_config(config, stored, kept, causal):
 
 def check_coverage(model, stored, sources, whole):
     """ValueError unless every tensor of the model is stored, in its shape, and nothing else is."""
-    wanted, depth = {}, whole.num_hidden_layers
+    wanted, wrong, depth = {}, [], whole.num_hidden_layers
     for name, pieces in sources.items():
         if name.startswith("score.") and pieces[0] not in stored.files:
             warnings.warn(f"{name}: not in the checkpoint, newly initialised", stacklevel=3)
         else:
             wanted |= dict.fromkeys(pieces, tuple(find_tensor(model, name).shape[-2:]))
     wanted |= {n: wanted[of] for n, of in mtp_copies(model, depth).items() if n in stored.files}
-    wrong = [problem for name, shape in wanted.items() for problem in problems(stored, name, shape)]
-    scales = {n + SCALE for n in wanted if n in stored.files and stored.find(n).dtype == FP8}
-    first = depth + len(getattr(model, "mtp_blocks", ()))
-    unused = [*range(model.config.num_hidden_layers, depth)]
-    unused += range(first, depth + max(whole.num_nextn_predict_layers, 1))
-    head = () if isinstance(model, DeepseekV3ForCausalLM) else ("lm_head.",)
-    skipped = (*(f"model.layers.{i}." for i in unused), *head)
-    for name in stored.files.keys() - wanted.keys() - scales:
-        if not name.startswith(skipped) and not name.endswith("rotary_emb.inv_freq"):
+    in_fp8 = (n for n in wanted if n in stored.files and stored.find(n).dtype == FP8)
+    scales = {name + SCALE: blocks_of(wanted[name]) for name in in_fp8 if len(wanted[name]) > 1}
+    for name, shape in (wanted | scales).items():
+        found = stored.find(name) if name in stored.files else None
+        if found is None:
+            wrong.append(f"{name}: missing")
+        elif found.dtype not in KINDS.values() or found.dtype == FP8 and name + SCALE not in scales:
+            wrong.append(f"{name}: {found.dtype}, must be BF16, F32, F64 or, a matrix, F8_E4M3")
+        elif found.shape != shape:
+            wrong.append(f"{name}: of shape {found.shape}, must be {shape}")
+    layers = [f"model.layers.{i}." for i in range(depth + max(whole.num_nextn_predict_layers, 1))]
+    unused = [layer for layer in layers if not any(name.startswith(layer) for name in wanted)]
+    unused += [] if isinstance(model, DeepseekV3ForCausalLM) else ["lm_head."]
+    for name in stored.files.keys() - wanted.keys() - scales.keys():
+        if not name.startswith(tuple(unused)) and not name.endswith("rotary_emb.inv_freq"):
             wrong.append(f"{name}: unexpected")
     if wrong:
         more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         raise ValueError(f"{stored.directory}: {'; '.join(sorted(wrong)[:10])}{more}")
 
-def check_copies(stored, copies):
-    """ValueError for a repeated embedding or head that is not the one that is kept."""
-    for name, of in copies.items():
-        both = (stored.read(n).view(torch.uint8) for n in (name, of) if name in stored.files)
-        if name in stored.files and not torch.equal(*both):
-            raise ValueError(f"{name}: differs from {of}, of which it must be a copy")
-
-def problems(stored, name, shape):
-    """What is wrong with a stored tensor, or with the scales that it needs: a list of messages."""
-    if name not in stored.files:
-        return [f"{name}: missing"]
-    found = stored.find(name)
-    no_matrix = len(shape) < 2 or name.endswith(SCALE)
-    if found.dtype not in KINDS.values() or found.dtype == FP8 and no_matrix:
-        return [f"{name}: of dtype {found.dtype}, must be BF16, F32, F64 or, a matrix, F8_E4M3"]
-    if found.shape != shape:
-        return [f"{name}: of shape {found.shape}, must be {shape}"]
-    return problems(stored, name + SCALE, blocks_of(shape)) if found.dtype == FP8 else []
-
-def held_kind(model, name, stored, piece, dtype):
-    """The dtype that a tensor is held in: FP8 only where there is a place for its scales."""
-    module, leaf = owner(model, name)
-    if leaf == "e_score_correction_bias":
-        return torch.float32
-    if dtype is not None or piece not in stored.files:
-        return dtype or stored.find("model.norm.weight").dtype
-    kind = stored.find(piece).dtype
-    return torch.bfloat16 if kind == FP8 and not hasattr(module, leaf + SCALE) else kind
+def held_kinds(model, sources, stored, dtype=None):
+    """{name: dtype it is held in}: `dtype`, or the widest stored; FP8 where there is room for scales."""
+    kinds = {}
+    for name, pieces in sources.items():
+        module, leaf = owner(model, name)
+        found = pieces if pieces[0] in stored.files else ["model.norm.weight"]  # a new head
+        kind = dtype or max((stored.find(n).dtype for n in found), key=lambda kind: kind.itemsize)
+        kind = torch.bfloat16 if kind == FP8 and not hasattr(module, leaf + SCALE) else kind
+        kinds[name] = torch.float32 if leaf == "e_score_correction_bias" else kind
+    return kinds
 
 def held_bytes(tensor, kind):
     """Bytes of a tensor held in a dtype, with its scales."""
@@ -1578,39 +1545,30 @@ def held_bytes(tensor, kind):
 def put_tensor(model, name, pieces, stored, device, kind):
     """Read a parameter or buffer to where it belongs; stacks are filled expert by expert."""
     module, leaf = owner(model, name)
-    meta, dtype = getattr(module, leaf), None if kind == FP8 else kind
-    if pieces[0] not in stored.files:  # a new head
-        std = model.config.initializer_range if meta.ndim > 1 else 0
-        weight = torch.empty(meta.shape, device=real_device(device), dtype=dtype)
-        found = weight.normal_(0, std), None
-    elif meta.ndim < 3:
-        found = stored.fetch(pieces[0], device, dtype)
-    elif device == "disk":
-        found = zip(*(stored.fetch(piece, device, None) for piece in pieces), strict=True)
-        found = [None if parts[0] is None else list(parts) for parts in found]
-    else:
-        found = fetch_stack(pieces, stored, device, dtype)
-    for place, value in zip((leaf, leaf + SCALE), found, strict=True):
+    meta, scale = getattr(module, leaf), None
+    if meta.ndim == 3 and device == "disk":
+        found = [stored.fetch(piece, device, None) for piece in pieces]
+        weight, scale = ([*parts] for parts in zip(*found, strict=True))
+    elif meta.ndim == 3:
+        weight = torch.empty(meta.shape, dtype=kind, device=device)
+        if kind == FP8:
+            scale = torch.empty(len(meta), *blocks_of(meta.shape[1:]), device=device)
+        for e, piece in enumerate(pieces):
+            weight[e], part = stored.fetch(piece, device, kind)
+            if part is not None:
+                scale[e] = part
+    elif pieces[0] in stored.files:
+        weight, scale = stored.fetch(pieces[0], device, kind)
+    else:  # a new head
+        weight = torch.empty(meta.shape, dtype=kind, device=real_device(device))
+        weight.normal_(0, model.config.initializer_range if meta.ndim > 1 else 0)
+    for place, value in ((leaf, weight), (leaf + SCALE, scale)):
         if isinstance(value, list):
             delattr(module, place)  # a plain list takes the parameter's place
         elif value is not None and leaf in module._parameters:
-            value = nn.Parameter(value, requires_grad=dtype is not None)
+            value = nn.Parameter(value, requires_grad=kind != FP8)
         if value is not None:
             setattr(module, place, value)
-
-def fetch_stack(pieces, stored, device, dtype):
-    """Experts as one tensor, and their scales or None."""
-    stacks = [None, None]
-    for e, piece in enumerate(pieces):
-        found = stored.fetch(piece, device, dtype)
-        if e == 0:
-            stacks = [x if x is None else x.new_empty(len(pieces), *x.shape) for x in found]
-        if found[0].dtype != stacks[0].dtype:
-            raise ValueError(f"{piece}: {found[0].dtype}, the experts before it {stacks[0].dtype}")
-        for stack, part in zip(stacks, found, strict=True):
-            if part is not None:
-                stack[e] = part
-    return stacks
 
 def real_device(device):
     return torch.device("cpu") if device == "disk" else device
@@ -1628,19 +1586,19 @@ def unit_of(name):
 def assign_devices(model, sizes, device_map, max_memory):
     """{tensor name: device, or "disk"} by the rules of from_pretrained."""
     if device_map in ("auto", "balanced", "sequential"):
-        device_map = automatic_map(model, sizes, max_memory, device_map != "sequential")
+        units, work = unit_sizes(model, sizes)
+        room = {d: n - work * (d != "disk") for d, n in free_memory(max_memory).items()}
+        device_map = plan_devices(units, room, device_map != "sequential")
     elif not isinstance(device_map, dict):
         device_map = {"": "cpu" if device_map is None else device_map}
-    known, devices, homes = dict(model.named_modules()).keys() | sizes.keys(), {}, {}
-    for path in device_map.keys() - known:
+    for path in device_map.keys() - dict(model.named_modules()).keys() - sizes.keys():
         raise ValueError(f"device_map: {path!r} is no part of the model")
+    devices, homes = {}, {}
     for name in sizes:
-        path = name
-        while path and path not in device_map:
-            path = path.rpartition(".")[0]
-        if path not in device_map:
+        covering = [path for path in device_map if not path or f"{name}.".startswith(f"{path}.")]
+        if not covering:
             raise ValueError(f"device_map: no path in it covers {name}")
-        devices[name] = parse_device(device_map[path])
+        devices[name] = parse_device(device_map[max(covering, key=len)])
         unit, home = unit_of(name), real_device(devices[name])
         if homes.setdefault(unit, home) != home:
             raise ValueError(f"device_map: {unit} would be split over {homes[unit]} and {home}")
@@ -1658,17 +1616,14 @@ def parse_device(device):
         raise ValueError(f"device_map: there is no {device}, only {torch.cuda.device_count()} GPUs")
     return device
 
-def automatic_map(model, sizes, max_memory, balanced):
-    """A device map by bytes, over max_memory or what is there."""
-    if max_memory is None:
-        gpus = range(torch.cuda.device_count())
-        room = {i: torch.cuda.mem_get_info(i)[0] * 9 // 10 for i in gpus}  # a tenth for activations
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 8 // 10
-        room |= {"cpu": memory, "disk": math.inf}
-    else:
-        room = {device: parse_size("max_memory", size) for device, size in max_memory.items()}
-    units, work = unit_sizes(model, sizes)
-    return plan_devices(units, {d: n - work * (d != "disk") for d, n in room.items()}, balanced)
+def free_memory(max_memory):
+    """{device: bytes to use}: as given, or what GPUs and memory have free, and then the disk."""
+    if max_memory is not None:
+        return {device: parse_size("max_memory", size) for device, size in max_memory.items()}
+    gpus = range(torch.cuda.device_count())
+    room = {i: torch.cuda.mem_get_info(i)[0] * 9 // 10 for i in gpus}  # a tenth for activations
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 8 // 10
+    return room | {"cpu": memory, "disk": math.inf}
 
 def unit_sizes(model, sizes):
     """Bytes of each unit, a layer's with a cache of full length, and what dequantising takes beside."""
@@ -1747,25 +1702,28 @@ def save_pretrained(model, directory, max_shard_size="5GB", quantize=None):
         raise ValueError(f"{quantize=}: must be None or 'fp8'")
     if any(isinstance(getattr(module, "gate_proj", None), list) for module in model.modules()):
         raise ValueError("experts on disk are not saved: load the model to other devices")
-    config = saved_config(model, quantize)
+    config = model.config.to_dict() | {"architectures": [type(model).__name__]}
+    dtype = "dtype" if "dtype" in config else "torch_dtype"  # transformers has used both names
+    config[dtype] = str(model.dtype).removeprefix("torch.")
+    given = config.pop("quantization_config", None)
+    if quantize or holds_fp8(model):
+        config["quantization_config"] = given if given and holds_fp8(model) else QUANTIZATION
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-    pending = f".config.{digest[:16]}.json"
-    metadata, parts, total = {"format": "pt", "config": pending}, [], 0
+    metadata, parts = {"format": "pt", "config": f".config.{digest[:16]}.json"}, []
     directory.mkdir(parents=True, exist_ok=True)
     try:
         for shard in in_shards(stored_tensors(model, quantize), limit):
             save_file(shard, directory / f".part-{len(parts)}.tmp", metadata=metadata)
-            parts.append(list(shard))
-            total += sum(tensor.nbytes for tensor in shard.values())
-        write_json(directory, pending, config)
-        put_in_place(directory, parts, metadata, total)
+            parts.append({name: tensor.nbytes for name, tensor in shard.items()})
+        write_json(directory / metadata["config"], config)
+        put_in_place(directory, parts, metadata)
     except SafetensorError as error:
         raise OSError(f"{directory}: {error}") from None
     finally:
         for path in directory.glob(".part-*.tmp"):
             path.unlink()
 
-def put_in_place(directory, parts, metadata, total):
+def put_in_place(directory, parts, metadata):
     """Exchange an older checkpoint for the files .part-*.tmp, each step leaving one that is whole.
 
     The one that counts is model.safetensors, else the index. Until the new one counts, no file of the
@@ -1773,32 +1731,20 @@ def put_in_place(directory, parts, metadata, total):
     """
     numbers = [f"-{i + 1:05d}-of-{len(parts):06d}.safetensors" for i in range(len(parts))]
     free = ([f"model{f'_{turn}' * (turn > 0)}{n}" for n in numbers] for turn in itertools.count())
-    names = [SINGLE]
-    if len(parts) > 1:
+    names, sharded = [SINGLE], len(parts) > 1
+    if sharded:
         names = next(names for names in free if not any((directory / n).exists() for n in names))
     for i, name in enumerate(names):
         (directory / f".part-{i}.tmp").replace(directory / name)
-    if len(parts) > 1:
+    if sharded:
         places = {name: file for file, part in zip(names, parts, strict=True) for name in part}
-        total_size = {"total_size": total}
-        write_json(directory, INDEX, {"metadata": metadata | total_size, "weight_map": places})
-        (directory / SINGLE).unlink(missing_ok=True)
-    else:
-        (directory / INDEX).unlink(missing_ok=True)
+        total = {"total_size": sum(sum(part.values()) for part in parts)}
+        write_json(directory / INDEX, {"metadata": metadata | total, "weight_map": places})
+    (directory / (SINGLE if sharded else INDEX)).unlink(missing_ok=True)
     (directory / metadata["config"]).replace(directory / "config.json")
     for path in (*directory.glob("model*.safetensors"), *directory.glob(".config.*.json")):
         if path.name not in names:
             path.unlink()
-
-def saved_config(model, quantize):
-    """The config.json that goes with the weights, a dict."""
-    content = model.config.to_dict() | {"architectures": [type(model).__name__]}
-    dtype = "dtype" if "dtype" in content else "torch_dtype"  # transformers has used both names
-    content[dtype] = str(model.dtype).removeprefix("torch.")
-    given = content.pop("quantization_config", None)
-    if quantize or holds_fp8(model):
-        content["quantization_config"] = given if given and holds_fp8(model) else QUANTIZATION
-    return content
 
 def parse_size(name, size):
     """Bytes of "5GB", "200MB", "16GiB" or a number; ValueError names the argument."""
@@ -1821,14 +1767,12 @@ BOS, EOS = "<|begin_of_sentence|>", "<|end_of_sentence|>"
 def corpus_files(data, seed):
     """The text files of a file or folder, or of the Python standard library, in shuffled order."""
     root = Path(sysconfig.get_path("stdlib") if data is None else data)
-    if data is not None and not root.exists():
-        raise FileNotFoundError(f"--data {root}: no such file or folder")
-    files = [root] if root.is_file() else sorted(root.rglob("*.py" if data is None else "[!.]*"))
     others = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"}
     skipped = {"__pycache__"} | (set() if data else others)
-    files = [file for file in files if file.is_file() and not skipped & set(file.parts)]
+    found = [root] if root.is_file() else sorted(root.rglob("*.py" if data is None else "[!.]*"))
+    files = [file for file in found if file.is_file() and not skipped & set(file.parts)]
     if not files:
-        hint = "holds no files" if data else "this Python came without its sources, give --data"
+        hint = "no file there" if data else "this Python came without its sources, give --data"
         raise ValueError(f"{root}: {hint}")
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))
     return [files[i] for i in order]
@@ -1844,40 +1788,9 @@ def read_pieces(path, size=1 << 20):
 
 def train_tokenizer(files, vocab_size):
     """A byte-level BPE tokenizer of at most vocab_size tokens; ids 0 and 1 begin and end a text."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[BOS, EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((piece for file in files for piece in read_pieces(file)), trainer)
-    return tokenizer
-
-def save_tokenizer(tokenizer, directory):
-    """tokenizer.json, and what transformers' AutoTokenizer wants beside it."""
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS}
-    settings |= {"clean_up_tokenization_spaces": False}
-    write_json(directory, "tokenizer_config.json", settings)
-    write_json(directory, "tokenizer.json", json.loads(tokenizer.to_str()))
-
-def encoded(file, tokenizer):
-    """The encodings of a file's pieces, a few pieces in memory at a time."""
-    pieces = read_pieces(file)
-    while some := list(itertools.islice(pieces, 16)):
-        yield from tokenizer.encode_batch_fast(some)
-
-def write_tokens(files, tokenizer, path):
-    """All files as one array of tokens on disk, each ended by the end-of-sentence token."""
-    dtype, beside = token_dtype(tokenizer.get_vocab_size()), path.with_suffix(".tmp")
-    with open(beside, "wb") as sink:
-        for file in tqdm(files, desc="tokenising", unit="file"):
-            for encoding in encoded(file, tokenizer):
-                np.array(encoding.ids, dtype).tofile(sink)
-            np.array([tokenizer.token_to_id(EOS)], dtype).tofile(sink)
-    beside.replace(path)
+    bpe, pieces = ByteLevelBPETokenizer(), (p for file in files for p in read_pieces(file))
+    bpe.train_from_iterator(pieces, vocab_size, show_progress=False, special_tokens=[BOS, EOS])
+    return Tokenizer.from_str(bpe.to_str())
 
 def token_dtype(vocab_size):
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
@@ -1942,16 +1855,11 @@ def through_fp8(x, rows):
         rounded = ((blocks / scale).to(FP8).to(x.dtype) * scale).flatten(-4, -3).flatten(-2)
     return x + (rounded[..., :height, :width] - x).detach()
 
-class RoundGradient(torch.autograd.Function):
-    """The identity, whose gradient is rounded to E4M3 in tiles of 1 x 128."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return through_fp8(gradient, 1)
+def round_gradient(x):
+    """x, whose gradient is rounded to E4M3 in tiles of 1 x 128 when it comes."""
+    if x.requires_grad:
+        x.register_hook(lambda gradient: through_fp8(gradient, 1))
+    return x
 
 def simulate_fp8(model):
     """Compute a model's products as if in FP8, forward and both backward ones (§3.3), from now on.
@@ -1962,21 +1870,21 @@ def simulate_fp8(model):
 
     def product(module, name, x, ends):
         weight = through_fp8(getattr(module, name), BLOCK)
-        return RoundGradient.apply(grouped_linear(through_fp8(x, 1), weight, ends))
+        return round_gradient(grouped_linear(through_fp8(x, 1), weight, ends))
 
     for name, module in model.named_modules():
         if isinstance(module, Experts):
             module.product = partial(product, module)
-        elif isinstance(module, Linear) and "_proj" in name and "eh_proj" not in name:
+        elif isinstance(module, Linear) and released_in_fp8(name, module.weight):
             module.full_weight = lambda dtype, m=module: through_fp8(m.weight, BLOCK).to(dtype)
             module.register_forward_pre_hook(lambda m, args: (through_fp8(args[0], 1),))
-            module.register_forward_hook(lambda m, args, out: RoundGradient.apply(out))
+            module.register_forward_hook(lambda m, args, out: round_gradient(out))
 
-def start_processes(device):
+def start_processes(options):
     """This process's rank, how many there are, and its device; one process on a CPU starts none."""
     import torch.distributed as dist
 
-    device = torch.device(device)
+    device = torch.device(options.device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:  # set by torchrun
         if device.type == "cuda":
@@ -1985,58 +1893,51 @@ def start_processes(device):
         dist.init_process_group(backend)
     elif device.type == "cuda":
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    started = dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size(), device) if started else (0, 1, device)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    parts = world * options.accumulate
+    if options.batch % parts:
+        raise ValueError(f"--batch {options.batch}: must be a multiple of {parts}, its parts")
+    return rank, world, device
 
 def shard(model, device):
     """Split parameters and optimizer state over the processes; on a GPU, compute in bfloat16 too."""
     import torch.distributed as dist
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    if not dist.is_initialized():
-        return model.to(device)
-    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-    gpu = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    policy = gpu if device.type == "cuda" else MixedPrecisionPolicy()
     model = model.to(device)
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
-
-def check_training(options, world):
-    """ValueError for options that cannot work, before anything is written."""
-    for name in ("steps", "batch", "accumulate", "eval_every", "save_every", "keep"):
-        flag, value = "--" + name.replace("_", "-"), getattr(options, name)
-        if value < 1:
-            raise ValueError(f"{flag} {value}: must be 1 or more")
-    parts = world * options.accumulate
-    if options.batch % parts:
-        raise ValueError(f"--batch {options.batch}: must be a multiple of {parts}, its parts")
-    if options.length < 4 or options.vocab_size < 258 or not 0 < options.lr < math.inf:
-        raise ValueError("needed: --length 4 or more, --vocab-size 258 or more, --lr above 0")
+    if dist.is_initialized():
+        mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+        kinds = (torch.bfloat16, torch.float32) if device.type == "cuda" else (None, None)
+        for part in (*model.model.layers, model):
+            fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(*kinds))
+    return model
 
 def prepare_data(options):
-    """Make tokenizer.json and tokens.bin in options.out, once: a resumed run finds them there."""
-    out = Path(options.out)
-    if options.resume and (out / "tokenizer.json").exists() and (out / "tokens.bin").exists():
+    """Make tokenizer.json and tokens.bin in options.out, once: a resumed run finds them there.
+
+    tokens.bin is all files as one array of tokens, each file ended by the end-of-sentence token.
+    """
+    out, tokens = Path(options.out), Path(options.out) / "tokens.bin"
+    if options.resume and tokens.exists() and (out / "tokenizer.json").exists():
         return
     files = corpus_files(options.data, options.seed)
     tokenizer = train_tokenizer(files, options.vocab_size)
     out.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(out / "states", ignore_errors=True)  # of an earlier run
-    (out / "tokens.bin").unlink(missing_ok=True)
-    save_tokenizer(tokenizer, out)
-    write_tokens(files, tokenizer, out / "tokens.bin")
-
-def training_config(path, tokenizer):
-    """The config in the file `path`, or the tiny one, with the tokenizer's vocabulary."""
-    vocabulary = {"vocab_size": tokenizer.get_vocab_size()}
-    vocabulary |= {"bos_token_id": tokenizer.token_to_id(BOS)}
-    vocabulary |= {"eos_token_id": tokenizer.token_to_id(EOS)}
-    if path is None:
-        return DeepseekV3Config.tiny(**vocabulary)
-    given = read_json(Path(path).parent, Path(path).name)
-    return DeepseekV3Config(**(FIXED_KEYS | given | vocabulary))
+    tokens.unlink(missing_ok=True)
+    tokenizer.save(str(out / "tokenizer.json"))
+    # What transformers' AutoTokenizer wants beside it.
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS}
+    write_json(out / "tokenizer_config.json", settings | {"clean_up_tokenization_spaces": False})
+    dtype, beside = token_dtype(tokenizer.get_vocab_size()), tokens.with_suffix(".tmp")
+    with open(beside, "wb") as sink:
+        for file in tqdm(files, desc="tokenising", unit="file"):
+            pieces = read_pieces(file)
+            while some := list(itertools.islice(pieces, 16)):  # encoded side by side
+                ids = [encoding.ids for encoding in tokenizer.encode_batch_fast(some)]
+                np.concatenate(ids).astype(dtype).tofile(sink)
+            np.array([tokenizer.token_to_id(EOS)], dtype).tofile(sink)
+    beside.replace(tokens)
 
 class Trainer:
     """One run: model, optimizer, data, and what it writes to options.out.
@@ -2047,24 +1948,24 @@ class Trainer:
 
     def __init__(self, options):
         self.options, self.out, self.step, self.position = options, Path(options.out), 0, 0
-        self.rank, self.world, self.device = start_processes(options.device)
-        check_training(options, self.world)
+        self.rank, self.world, self.device = start_processes(options)
         if self.rank == 0:
             prepare_data(options)
         self.wait()
         self.tokenizer = Tokenizer.from_file(str(self.out / "tokenizer.json"))
-        self.config = training_config(options.config, self.tokenizer)
-        vocabulary = self.config.vocab_size, self.config.eos_token_id
-        self.corpus = Corpus(self.out / "tokens.bin", *vocabulary, options.length, options.seed)
+        ids = dict(bos_token_id=0, eos_token_id=1, vocab_size=self.tokenizer.get_vocab_size())
+        tiny, read = DeepseekV3Config.tiny, DeepseekV3Config.from_pretrained
+        self.config = read(options.config, **ids) if options.config else tiny(**ids)
+        windows = self.config.vocab_size, 1, options.length, options.seed
+        self.corpus = Corpus(self.out / "tokens.bin", *windows)
         torch.manual_seed(options.seed)
         self.model = shard(DeepseekV3ForCausalLM(self.config), self.device)
         self.model.model.gradient_checkpointing = options.recompute
         if options.fp8:
             simulate_fp8(self.model)
-        matrices = [p for p in self.model.parameters() if p.ndim > 1]
-        vectors = [p for p in self.model.parameters() if p.ndim <= 1]
-        groups = [{"params": matrices, "weight_decay": 0.1}]
-        groups += [{"params": vectors, "weight_decay": 0.0}]
+        parameters = list(self.model.parameters())
+        groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.1}]
+        groups += [{"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, options.lr, betas=(0.9, 0.95), fused=True)
         load_state(self)
 
@@ -2148,7 +2049,7 @@ def run_settings(trainer):
     """What a resumed run must have in common with the run that it continues."""
     options = {name: getattr(trainer.options, name) for name in ("batch", "length", "seed")}
     config = trainer.config.to_dict() | {"mtp_loss_weight": None}  # a schedule moves it
-    return json.loads(json.dumps(options | {"tokens": len(trainer.corpus.tokens)} | config))
+    return options | {"tokens": len(trainer.corpus.tokens)} | config
 
 def run_state(trainer):
     """Model, optimizer and counters, as torch.distributed.checkpoint takes them."""
@@ -2171,7 +2072,7 @@ def save_state(trainer):
         why = str(error).strip().splitlines()[-1]
         raise OSError(f"{beside}: cannot be written, older states are kept ({why})") from None
     if trainer.rank == 0:
-        write_json(beside, "settings.json", run_settings(trainer))
+        write_json(beside / "settings.json", run_settings(trainer))
         shutil.rmtree(folder, ignore_errors=True)
         beside.rename(folder)
         for old in sorted(folder.parent.glob("step-????????"))[: -trainer.options.keep]:
@@ -2185,7 +2086,7 @@ def load_state(trainer):
 
     states = sorted((trainer.out / "states").glob("step-????????"))
     if trainer.options.resume and states:
-        then, now = read_json(states[-1], "settings.json"), run_settings(trainer)
+        then, now = read_json(states[-1] / "settings.json"), run_settings(trainer)
         for name in sorted(then.keys() | now.keys()):
             if then.get(name) != now.get(name):
                 raise ValueError(f"--resume: {name} is {now.get(name)}, but was {then.get(name)}")
@@ -2199,67 +2100,53 @@ def load_state(trainer):
         lines = metrics.read_text(encoding="utf-8").splitlines(True) if trainer.step else []
         metrics.write_text("".join(lines[: trainer.step]), encoding="utf-8")
 
-def finished_model(trainer):
-    """The whole trained model, written to options.out in the released layout; None but on rank 0."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(trainer.model, options=whole)
-    if trainer.rank > 0:
-        return None
-    model = DeepseekV3ForCausalLM(trainer.config)
-    model.load_state_dict(state)
-    model.save_pretrained(trainer.out)
-    return model.eval()
-
 # ---- 14. Commands -------------------------------------------------------------------------------
 
 def train_command(options):
-    """Train, and end with a sample and the next command."""
+    """Train, write the whole model in the released layout, end with a sample and the next command."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
     trainer = Trainer(options)
     try:
         trainer.run()
     except KeyboardInterrupt:
         save_state(trainer)
         sys.exit(f"stopped at step {trainer.step}; the same command with --resume goes on")
-    model = finished_model(trainer)
-    if model is not None:
-        prompt = "def "
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(trainer.model, options=whole)  # of all processes, on the first
+    if trainer.rank == 0:
+        model, prompt = DeepseekV3ForCausalLM(trainer.config), "def "
+        model.load_state_dict(state)
+        model.save_pretrained(trainer.out)
         stream_text(model, trainer.tokenizer, prompt, 100, 0.7, options.seed)
         print(f"\n\nNext: python deepseek_v3.py generate {options.out} {json.dumps(prompt)}")
 
 def generate_command(options):
-    """Continue a prompt, or answer it, with the model of a folder."""
-    prompt = chat_prompt(options.directory, options.prompt) if options.chat else options.prompt
-    model = DeepseekV3ForCausalLM.from_pretrained(options.directory, device_map="auto")
-    tokenizer = Tokenizer.from_file(str(Path(options.directory) / "tokenizer.json"))
-    steps, draft = [], {"use_mtp": options.mtp, "num_draft_tokens": options.draft_tokens}
-    draft |= {"statistics": steps, "echo": not options.chat}
+    """Continue a prompt, or answer it, with the model of a folder; with drafts, say how they did."""
+    folder, prompt, steps = Path(options.directory), options.prompt, []
+    prompt = chat_prompt(folder, prompt) if options.chat else prompt
+    model = DeepseekV3ForCausalLM.from_pretrained(folder, device_map="auto")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    draft = {"use_mtp": options.mtp, "num_draft_tokens": options.draft_tokens, "statistics": steps}
     how = options.max_new_tokens, options.temperature, options.seed
-    stream_text(model, tokenizer, prompt, *how, **draft)
+    stream_text(model, tokenizer, prompt, *how, echo=not options.chat, **draft)
     print()
-    if steps:
-        print(draft_report(steps), file=sys.stderr)
-
-def draft_report(steps):
-    """What generate's `statistics` say: tokens a step, acceptance by position in the draft."""
-    tokens_a_step = 1 + sum(accepted for _, accepted in steps) / len(steps)
-    positions = range(max(drafted for drafted, _ in steps))
-    asked = [[accepted > i for drafted, accepted in steps if drafted > i] for i in positions]
-    parts = ", ".join(f"{sum(stood) / len(stood):.0%}" for stood in asked)
-    return f"{tokens_a_step:.2f} tokens a step; drafts accepted by position: {parts}"
+    if steps:  # (drafted, accepted) of each
+        gain = 1 + sum(accepted for _, accepted in steps) / len(steps)
+        positions = range(max(drafted for drafted, _ in steps))
+        stood = [[accepted > i for drafted, accepted in steps if drafted > i] for i in positions]
+        parts = ", ".join(f"{sum(those) / len(those):.0%}" for those in stood)
+        print(f"{gain:.2f} tokens a step; drafts accepted by position: {parts}", file=sys.stderr)
 
 def chat_prompt(directory, text):
     """The text of a user as the folder's own chat template puts it to the model."""
-    try:
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError:
-        raise ValueError("--chat needs jinja2: pip install jinja2") from None
-    file, settings = Path(directory) / "chat_template.jinja", {}
-    if (Path(directory) / "tokenizer_config.json").is_file():
-        settings = read_json(directory, "tokenizer_config.json")
-    template = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment  # the template is a stranger's code
+
+    settings = read_json(Path(directory) / "tokenizer_config.json")
+    file, template = Path(directory) / "chat_template.jinja", settings.get("chat_template")
+    if file.is_file():
+        template = file.read_text(encoding="utf-8")
     if isinstance(template, list):  # several by name
         template = {each.get("name"): each.get("template") for each in template}.get("default")
     if not isinstance(template, str):
@@ -2267,8 +2154,8 @@ def chat_prompt(directory, text):
     tokens = {name: settings.get(name) or "" for name in ("bos_token", "eos_token")}
     names = {n: t["content"] if isinstance(t, dict) else t for n, t in tokens.items()}
     messages = [{"role": "user", "content": text}]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     try:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         chat = environment.from_string(template)
         return chat.render(messages=messages, add_generation_prompt=True, **names)
     except TemplateError as error:
@@ -2285,35 +2172,25 @@ def stream_text(model, tokenizer, prompt, max_new_tokens, temperature, seed, ech
         print(stream.step(tokenizer, int(token[0])) or "", end="", flush=True)
 
     print(prompt * echo, end="", flush=True)
-    model.generate(
-        torch.tensor([ids], device=model.device),
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        temperature=temperature or 1.0,
-        generator=torch.Generator(model.device).manual_seed(seed),
-        streamer=show,
-        **drafting,
-    )
+    start = torch.tensor([ids], device=model.device)
+    sampling = {"do_sample": temperature > 0, "temperature": temperature or 1.0}
+    sampling |= {"generator": torch.Generator(model.device).manual_seed(seed)}
+    model.generate(start, max_new_tokens=max_new_tokens, streamer=show, **sampling, **drafting)
 
 def info_command(options):
     """Parameters, bytes and FLOPs of a config.json or a folder, and its split over GPUs."""
-    path = Path(options.path)
-    folder, file = (path, "config.json") if path.is_dir() else (path.parent, path.name)
-    config = DeepseekV3Config.from_pretrained(folder, file)
+    config = DeepseekV3Config.from_pretrained(options.path)
     with torch.device("meta"):
         model = DeepseekV3ForCausalLM(config)
-    stored = path.is_dir() and any((path / name).is_file() for name in (SINGLE, INDEX))
-    kinds = stored_kinds(model, Checkpoint(path)) if stored else assumed_kinds(model)
+    kinds = assumed_kinds(model)
+    if any((Path(options.path) / name).is_file() for name in (SINGLE, INDEX)):
+        stored, sources = Checkpoint(options.path), released_names(model)
+        check_coverage(model, stored, sources, config)
+        kinds = held_kinds(model, sources, stored)
     sizes = {name: held_bytes(find_tensor(model, name), kind) for name, kind in kinds.items()}
-    print_sizes(config, count_parameters(model), kinds, sizes, model)
+    print_sizes(model, kinds, sizes)
     if options.gpus:
         print_split(model, sizes, options.gpus, options.gpu_memory)
-
-def stored_kinds(model, stored):
-    """{name: dtype} that a folder's tensors would be held in; ValueError if one is not as it must be."""
-    sources = released_names(model)
-    check_coverage(model, stored, sources, model.config)
-    return {name: held_kind(model, name, stored, sources[name][0], None) for name in sources}
 
 def assumed_kinds(model):
     """{name: dtype} of a model without files: as released, in FP8 if its config says so."""
@@ -2324,35 +2201,32 @@ def assumed_kinds(model):
         kinds[name] = FP8 if matrix else plain
     return kinds
 
-def count_parameters(model):
-    """Parameters of the main model and of MTP: [all, those that a token visits] each."""
-    share = model.config.num_experts_per_tok / model.config.n_routed_experts
-    mtp = tuple(f"model.layers.{block.self_attn.layer_idx}." for block in model.mtp_blocks)
-    main, extra = [0, 0], [0, 0]
-    for name, parameter in model.named_parameters():
-        counts = extra if name.startswith(mtp) else main
-        counts[0] += parameter.numel()
-        counts[1] += round(parameter.numel() * (share if parameter.ndim == 3 else 1))
-    return main, extra
+def count_parameters(module, config):
+    """Parameters of a module, and how many of them a token visits."""
+    total = sum(parameter.numel() for parameter in module.parameters())
+    experts = sum(stack.numel() for stack in module.parameters() if stack.ndim == 3)
+    E, K = config.n_routed_experts, config.num_experts_per_tok
+    return total, total - experts * (E - K) // E
 
-def print_sizes(config, counts, kinds, sizes, model):
-    """What the weights, the cache and training take."""
-    (total, active), (mtp_total, mtp_active) = counts
-    by_kind = dict.fromkeys(KINDS.values(), 0)
+def print_sizes(model, kinds, sizes):
+    """What parameters, weights, cache and training take."""
+    config, by_kind = model.config, dict.fromkeys(KINDS.values(), 0)
     for name, kind in kinds.items():
         plain = find_tensor(model, name).numel() * kind.itemsize
         by_kind[kind] += plain
         by_kind[torch.float32] += sizes[name] - plain  # scales
-    labels = dict(zip(KINDS.values(), ("FP8", "BF16", "F32", "F64"), strict=True))
-    split = ", ".join(f"{labels[kind]} {size:,}" for kind, size in by_kind.items() if size)
-    L, T = config.num_hidden_layers, 4096
+    labels = zip(("FP8", "BF16", "F32", "F64"), by_kind.values(), strict=True)
+    split = ", ".join(f"{label} {size:,}" for label, size in labels if size)
+    total, active = count_parameters(model, config)
+    mtp_total, mtp_active = count_parameters(model.mtp_blocks, config)
+    L, T, context = config.num_hidden_layers, 4096, config.max_position_embeddings
+    embedding = config.vocab_size * config.hidden_size
     cache = 2 * L * (config.kv_lora_rank + config.qk_rope_head_dim)
     widths = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
-    flop = 6 * (active - config.vocab_size * config.hidden_size)
+    flop = 6 * (active - mtp_active - embedding)
     flop += 3 * L * config.num_attention_heads * widths * T  # causal: half of a square
-    context = config.max_position_embeddings
-    print(f"parameters  {total:,} total, {active:,} activated a token")
-    mtp_active += 2 * config.vocab_size * config.hidden_size * (mtp_total > 0)
+    print(f"parameters  {total - mtp_total:,} total, {active - mtp_active:,} activated a token")
+    mtp_active += 2 * embedding * (mtp_total > 0)
     print(f"MTP         {mtp_total:,} more, {mtp_active:,} activated with embedding and head")
     print(f"weights     {sum(sizes.values()):,} bytes: {split}")
     print(f"cache       {cache:,} bytes a token, {cache * context:,} at {context:,} tokens (BF16)")
@@ -2361,10 +2235,9 @@ def print_sizes(config, counts, kinds, sizes, model):
 def print_split(model, sizes, gpus, gib):
     """Which layers each GPU would hold, with bars; or how many GPUs it would take."""
     units, work = unit_sizes(model, sizes)
-    room = int(gib * 2**30) - work
-    if max(units.values()) > room:
-        least = (max(units.values()) + work) / 2**30
-        raise ValueError(f"--gpu-memory {gib:g}: must be {least:.1f} GiB or more, for one layer")
+    room, least = int(gib * 2**30) - work, max(units.values())
+    if least > room:
+        raise ValueError(f"--gpu-memory {gib:g}: one layer takes {(least + work) / 2**30:.1f} GiB")
     needed = 1 + max(plan_devices(units, dict.fromkeys(range(len(units)), room), False).values())
     if needed > gpus:
         print(f"{gpus} GPUs of {gib:g} GiB do not hold it: it takes {needed}")
@@ -2381,67 +2254,71 @@ class Parser(argparse.ArgumentParser):
     """argparse's, which says what is wrong in one line."""
 
     def error(self, message):
-        print(f"{self.prog}: {message} (see --help)", file=sys.stderr)
+        print(f"{self.prog}: {message}", file=sys.stderr)
         sys.exit(2)
 
+def at_least(least, kind=int):
+    """A number of the command line that must not be below `least`."""
+
+    def number(text):
+        if not least <= kind(text) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text}: must be {least} or more")
+        return kind(text)
+
+    return number
+
 def parser():
-    """The command line: one sub-command for each function above."""
+    """The command line, a sub-command for each function above."""
     main = Parser(prog="deepseek_v3.py", description="Train and run DeepSeek-V3.")
-    commands = main.add_subparsers(required=True)
-    add_train(commands)
+    commands = main.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="train a model from scratch, on text")
+    train.add_argument("--data", help="text file or folder (default: Python's standard library)")
+    train.add_argument("--config", help="config.json of the model (default: the tiny one)")
+    train.add_argument("--out", default="out", help="folder for checkpoint, states, metrics.jsonl")
+    train.add_argument("--steps", type=at_least(1), default=550)
+    train.add_argument("--batch", type=at_least(1), default=16, help="sequences, of all processes")
+    train.add_argument("--batch-ramp", type=float, default=0.0, help="part of a run it grows in")
+    train.add_argument("--length", type=at_least(4), default=128, help="tokens a sequence")
+    train.add_argument("--accumulate", type=at_least(1), default=1, help="parts a batch runs in")
+    train.add_argument("--recompute", action="store_true", help="recompute layers to save memory")
+    train.add_argument("--fp8", action="store_true", help="products as if in FP8, to see the loss")
+    train.add_argument("--lr", type=at_least(1e-9, float), default=4e-3, help="peak learning rate")
+    train.add_argument("--warmup", type=at_least(0, float), default=0.1, help="part it rises over")
+    train.add_argument("--gamma", type=float, default=0.002, help="step of the router bias")
+    train.add_argument("--centred", action="store_true", help="router bias steps of mean zero")
+    train.add_argument("--vocab-size", type=at_least(258), default=2048, help="of the tokenizer")
+    train.add_argument("--eval-every", type=at_least(1), default=100, help="steps")
+    train.add_argument("--save-every", type=at_least(1), default=250, help="steps between states")
+    train.add_argument("--keep", type=at_least(1), default=2, help="states to keep")
+    train.add_argument("--resume", action="store_true", help="go on from the newest state in --out")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run = commands.add_parser("generate", help="continue a prompt")
-    run.set_defaults(run=generate_command)
     run.add_argument("directory", help="checkpoint folder")
     run.add_argument("prompt")
     run.add_argument("--chat", action="store_true", help="answer, by the model's chat template")
-    run.add_argument("--max-new-tokens", type=int, default=200)
+    run.add_argument("--max-new-tokens", type=at_least(0), default=200)
     run.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--mtp", action="store_true", help="draft with the MTP modules: fewer steps")
     run.add_argument("--draft-tokens", type=int, help="drafted a step (default: one an MTP module)")
     info = commands.add_parser("info", help="parameters, bytes and FLOPs of a model")
-    info.set_defaults(run=info_command)
     info.add_argument("path", help="checkpoint folder or config.json")
-    info.add_argument("--gpus", type=int, help="show how it would lie on so many GPUs")
-    info.add_argument("--gpu-memory", type=float, default=80, help="GiB of each")
+    info.add_argument("--gpus", type=at_least(1), help="show how it would lie on so many GPUs")
+    info.add_argument("--gpu-memory", type=at_least(1, float), default=80, help="GiB of each")
     return main
-
-def add_train(commands):
-    """The flags of training."""
-    train = commands.add_parser("train", help="train a model from scratch, on text")
-    train.set_defaults(run=train_command)
-    train.add_argument("--data", help="text file or folder (default: Python's standard library)")
-    train.add_argument("--config", help="config.json of the model (default: the tiny one)")
-    train.add_argument("--out", default="out", help="folder for checkpoint, states, metrics.jsonl")
-    train.add_argument("--steps", type=int, default=550)
-    train.add_argument("--batch", type=int, default=16, help="sequences a step, of all processes")
-    train.add_argument("--batch-ramp", type=float, default=0.0, help="part of a run it grows in")
-    train.add_argument("--length", type=int, default=128, help="tokens a sequence")
-    train.add_argument("--accumulate", type=int, default=1, help="parts that a batch runs in")
-    train.add_argument("--recompute", action="store_true", help="recompute layers to save memory")
-    train.add_argument("--fp8", action="store_true", help="products as if in FP8, to see the loss")
-    train.add_argument("--lr", type=float, default=4e-3, help="peak learning rate")
-    train.add_argument("--warmup", type=float, default=0.1, help="part of the run it rises over")
-    train.add_argument("--gamma", type=float, default=0.002, help="step of the router bias")
-    train.add_argument("--centred", action="store_true", help="router bias steps of mean zero")
-    train.add_argument("--vocab-size", type=int, default=2048, help="of the tokenizer to train")
-    train.add_argument("--eval-every", type=int, default=100, help="steps")
-    train.add_argument("--save-every", type=int, default=250, help="steps between states")
-    train.add_argument("--keep", type=int, default=2, help="states to keep")
-    train.add_argument("--resume", action="store_true", help="go on from the newest state in --out")
-    train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 def main(arguments=None):
     """Run a command; a bad argument or file is one line on stderr and exit status 2."""
-    options = parser().parse_args(arguments)
+    commands = {"train": train_command, "generate": generate_command, "info": info_command}
+    command_line = parser()
+    options = command_line.parse_args(arguments)
     try:
-        options.run(options)
+        commands[options.command](options)
     except FloatingPointError as error:
         sys.exit(f"deepseek_v3.py: {error}")
     except (ValueError, OSError) as error:
-        print(f"deepseek_v3.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        command_line.error(error)
 
 if __name__ == "__main__":
     main()

@@ -186,10 +186,3 @@ def test_a_template_that_is_missing_or_fails_is_an_error(tmp_path, capsys, templ
     folder, _ = folder_with(tmp_path, template)
     with pytest.raises(ValueError, match="chat template"):
         deepseek_v3.chat_prompt(folder, "hi")
-
-
-def test_without_jinja2_the_error_says_what_to_install(tmp_path, monkeypatch):
-    folder, _ = folder_with(tmp_path, RELEASED_STYLE)
-    monkeypatch.setitem(__import__("sys").modules, "jinja2.sandbox", None)
-    with pytest.raises(ValueError, match="pip install jinja2"):
-        deepseek_v3.chat_prompt(folder, "hi")
