@@ -1216,16 +1216,10 @@ def check_config(config):
     for key in config.extra:
         for meant in difflib.get_close_matches(key, names, n=1, cutoff=0.9):
             raise ValueError(f"{key!r} is not a config field: did you mean {meant!r}?")
-    can_be_zero = ("first_k_dense_replace", "num_nextn_predict_layers", "n_shared_experts")
     for field in dataclasses.fields(config):
-        name, kind, value = field.name, field.type, getattr(config, field.name)
-        boolean = isinstance(value, bool) == (kind is bool)
-        finite = not isinstance(value, float) or math.isfinite(value)
-        right = getattr(kind, "__name__", kind)
-        require(name, isinstance(value, kind) and boolean and finite, right)
-        if kind in (int, int | None) and value is not None and not name.endswith("token_id"):
-            least = 0 if name in can_be_zero else 1
-            require(name, value >= least, f"{least} or more")
+        check_field(field.name, field.type, getattr(config, field.name), require)
+    L = config.num_hidden_layers + config.num_nextn_predict_layers
+    require("n_routed_experts", config.n_routed_experts * L <= MOST, f"at most {MOST // L}")
     G, per_group = config.n_group, config.n_routed_experts // config.n_group
     reach = config.topk_group * per_group
     heads = config.num_attention_heads
@@ -1245,6 +1239,25 @@ def check_config(config):
     if config.rope_scaling is not None:
         check_yarn(config.rope_scaling)
 
+# What a size must lie in, if not in 1..MOST: larger ones overflow in torch, more layers take forever.
+MOST = 10**6
+RANGES = {"num_hidden_layers": (1, 1000), "num_nextn_predict_layers": (0, 1000)}
+RANGES |= {"first_k_dense_replace": (0, MOST), "n_shared_experts": (0, MOST)}
+RANGES |= {"max_position_embeddings": (1, 10**12)}
+
+def check_field(name, kind, value, require):
+    """The type and the range of one field."""
+    boolean, number = isinstance(value, bool) == (kind is bool), isinstance(value, int | float)
+    finite = not number or abs(value) < 1e18
+    require(name, isinstance(value, kind) and boolean and finite, getattr(kind, "__name__", kind))
+    if name.endswith("token_id"):
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        valid = all(type(token) is int and -1 <= token < 2**31 for token in ids)
+        require(name, valid, "a token id or None, eos_token_id also a list of them")
+    elif kind in (int, int | None) and value is not None:
+        least, most = RANGES.get(name, (1, MOST))
+        require(name, least <= value <= most, f"in {least}..{most}")
+
 def check_yarn(yarn):
     """ValueError for YaRN settings that cannot work."""
     if yarn.get("rope_type", yarn.get("type")) != "yarn":
@@ -1256,8 +1269,8 @@ def check_yarn(yarn):
         value = yarn.get(key, None if key in needed else 1)
         optional = key not in needed and value in (None, 0)
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not optional and not (number and 0 < value < math.inf):
-            raise ValueError(f"rope_scaling[{key!r}]={value!r}: must be a number above 0")
+        if not optional and not (number and 1e-6 <= value <= 1e9):
+            raise ValueError(f"rope_scaling[{key!r}]={value!r}: must be a number in 1e-6..1e9")
 
 def read_json(directory, name):
     """The object in directory/name; FileNotFoundError or ValueError names the file."""
