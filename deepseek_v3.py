@@ -130,7 +130,7 @@ class DeepseekV3Config:
     mtp_loss_weight: int | float = 0.3  # λ, Eq. 25: 0.3 for 10T tokens, then 0.1
     balance_loss_weight: int | float = 0.0001  # α, Eq. 17
 
-    def __init__(self, **given):
+    def __init__(self, /, **given):
         for name, value in config_values(given).items():  # section 12, as are the checks
             setattr(self, name, value)
         check_config(self)
@@ -1167,8 +1167,11 @@ def config_values(given):
     """The fields of a config and `extra`, from keywords in any of the spellings in use."""
     whole_file = "model_type" in given
     if "rope_parameters" in given:  # transformers 5 has both RoPE settings in one dict
-        rope = dict(given.pop("rope_parameters") or {})
-        given |= {"rope_theta": rope.pop("rope_theta", 10000.0), "rope_scaling": rope or None}
+        rope = given.pop("rope_parameters") or {}
+        if not isinstance(rope, dict):
+            raise ValueError(f"rope_parameters={rope!r}: must be a dict")
+        yarn = {key: value for key, value in rope.items() if key != "rope_theta"}
+        given |= {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": yarn or None}
     elif not whole_file:
         given.setdefault("rope_scaling", dict(YARN_V3))
     if "num_mtp_layers" in given:  # transformers' name
@@ -1238,6 +1241,11 @@ def check_config(config):
         require(name, config.extra.get(name, only) in allowed, f"{only!r}, as in this whole family")
     if config.rope_scaling is not None:
         check_yarn(config.rope_scaling)
+    for key, value in config.to_dict().items():
+        try:
+            json.dumps(value, indent=2)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{key} cannot be written to config.json: {error}") from None
 
 # What a size must lie in, if not in 1..MOST: larger ones overflow in torch, more layers take forever.
 MOST = 10**6
