@@ -1283,7 +1283,7 @@ def check_yarn(yarn):
 def read_json(directory, name):
     """The object in directory/name; FileNotFoundError or ValueError names the file."""
     path = Path(directory) / name
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises OSError for a name that is too long
         raise FileNotFoundError(f"{path}: no such file")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -1291,6 +1291,12 @@ def read_json(directory, name):
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds {type(content).__name__}, must be a JSON object")
+    level = [content]
+    for _ in range(100):  # deeper, printing or writing it could meet Python's limit
+        inner = (v.values() if isinstance(v, dict) else v for v in level)
+        level = [v for values in inner for v in values if isinstance(v, dict | list)]
+    if level:
+        raise ValueError(f"{path}: nested more than 100 deep")
     return content
 
 def write_json(directory, name, content):
@@ -1364,7 +1370,7 @@ Stored = namedtuple("Stored", "path dtype shape begin nbytes")  # where a tensor
 
 def read_header(path):
     """{name: Stored} and metadata of a safetensors file; an error names one that is not whole."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file")
     try:
         metadata = safe_open(path, framework="pt").metadata()  # checks names, sizes and offsets
@@ -1384,10 +1390,10 @@ class Checkpoint:
 
     def __init__(self, directory):
         self.directory, self.headers, self.maps = Path(directory), {}, {}
-        if (self.directory / SINGLE).is_file():  # it goes before an index, as in transformers
+        if os.path.isfile(self.directory / SINGLE):  # it goes before an index, as in transformers
             self.headers[SINGLE], self.metadata = read_header(self.directory / SINGLE)
             self.files = dict.fromkeys(self.headers[SINGLE], SINGLE)
-        elif (self.directory / INDEX).is_file():
+        elif os.path.isfile(self.directory / INDEX):
             index = read_json(self.directory, INDEX)
             self.files, metadata = index.get("weight_map"), index.get("metadata")
             self.metadata = metadata if isinstance(metadata, dict) else {}
@@ -1400,7 +1406,7 @@ class Checkpoint:
             raise FileNotFoundError(f"{directory}: no {SINGLE}, no {INDEX} (pickles are not read)")
         # A save that was cut off at its very end left its config under the name that the weights give.
         pending = Path(str(self.metadata.get("config"))).name
-        self.config_file = pending if (self.directory / pending).is_file() else "config.json"
+        self.config_file = pending if os.path.isfile(self.directory / pending) else "config.json"
 
     def find(self, name):
         """The Stored of a tensor; ValueError if its file and the index disagree."""
