@@ -1381,6 +1381,9 @@ def read_header(path):
         header = json.loads(file.read(start - 8))
     header.pop("__metadata__", None)
     for name, entry in header.items():
+        # What opened the file takes an entry without its keys too; nobody writes one.
+        if not isinstance(entry, dict) or not isinstance(entry["dtype"], str):
+            raise ValueError(f"{path}: {name} is {entry}, must be an object")
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         header[name] = Stored(path, KINDS.get(dtype, dtype), shape, start + begin, end - begin)
     return header, metadata or {}
