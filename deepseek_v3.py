@@ -1547,6 +1547,11 @@ def slice_config(config, stored, kept, causal):
     if mtp and causal and not any(name.startswith(mtp_layers) for name in stored.files):
         warnings.warn(f"{stored.directory}: announces MTP modules, but holds none", stacklevel=3)
         config.num_nextn_predict_layers = 0
+    layers = config.num_hidden_layers + config.num_nextn_predict_layers * causal
+    routed = max(0, layers - config.first_k_dense_replace) * config.n_routed_experts
+    if max(layers, routed) > len(stored.files):  # said before all of them are built
+        what = f"{layers} layers, {routed} routed experts, of which most are missing"
+        raise ValueError(f"{stored.directory}: its config announces {what}")
 
 def check_coverage(model, stored, sources, whole):
     """ValueError unless every tensor of the model is stored, in its shape, and nothing else is."""
