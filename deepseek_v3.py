@@ -1538,8 +1538,8 @@ def check_quantization(settings):
 def slice_config(config, stored, kept, causal):
     """Cut a config to `kept` layers, if asked for, and to the MTP modules that are there."""
     depth, mtp = config.num_hidden_layers, config.num_nextn_predict_layers
-    if kept is not None and not 1 <= kept <= depth:
-        raise ValueError(f"num_hidden_layers={kept}: must be in 1..{depth}, as stored")
+    if kept is not None and not (type(kept) is int and 1 <= kept <= depth):
+        raise ValueError(f"num_hidden_layers={kept!r}: must be in 1..{depth}, as stored")
     if kept is not None and config.first_k_dense_replace <= depth:  # MTP modules keep experts
         config.first_k_dense_replace = min(config.first_k_dense_replace, kept)
     config.num_hidden_layers = kept or depth
@@ -1687,14 +1687,18 @@ def parse_device(device):
         return device
     try:
         device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device_map: {device!r} is no device ({error})") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device_map: there is no {device}, only {torch.cuda.device_count()} GPUs")
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise RuntimeError(f"there are {torch.cuda.device_count()} GPUs")
+        torch.empty(0, device=device)
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+        why = str(error).split("\n")[0]
+        raise ValueError(f"device_map: {device!r} is no device here ({why})") from None
     return device
 
 def automatic_map(model, sizes, max_memory, balanced):
     """A device map by bytes, over max_memory or what is there."""
+    if not isinstance(max_memory, dict | None):
+        raise ValueError(f"{max_memory=}: must be a dict, like {{0: '141GB', 'cpu': '64GB'}}")
     if max_memory is None:
         gpus = range(torch.cuda.device_count())
         room = {i: torch.cuda.mem_get_info(i)[0] * 9 // 10 for i in gpus}  # a tenth for activations
@@ -1839,7 +1843,7 @@ def parse_size(name, size):
     """Bytes of "5GB", "200MB", "16GiB" or a number; ValueError names the argument."""
     match = re.fullmatch(r"(\d+(?:\.\d*)?)\s*(?:([KMGT])(I?)B)?", str(size).strip().upper())
     unit = (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " ") if match else 0
-    if not match or float(match[1]) * unit < 1:
+    if not match or not 1 <= float(match[1]) * unit < math.inf:
         raise ValueError(f"{name}={size!r}: must be bytes, or like '5GB' or '200MB'")
     return int(float(match[1]) * unit)
 
