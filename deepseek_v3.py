@@ -1758,6 +1758,8 @@ def stored_tensors(model, quantize):
             one = e if weight.ndim == 3 else ...
             part = (weight[one], None) if scale is None else (weight[one], scale.detach()[one])
             part = quantise(weight[one]) if to_fp8 else part
+            if to_fp8 and not part[1].isfinite().all():
+                raise ValueError(f"{piece}: holds a NaN or an infinity, which FP8 blocks cannot")
             yield piece, part[0].contiguous()
             if part[1] is not None:
                 yield piece + SCALE, part[1].contiguous()
@@ -1786,6 +1788,8 @@ def save_pretrained(model, directory, max_shard_size="5GB", quantize=None):
         raise ValueError(f"{quantize=}: must be None or 'fp8'")
     if any(isinstance(getattr(module, "gate_proj", None), list) for module in model.modules()):
         raise ValueError("experts on disk are not saved: load the model to other devices")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("a model on the meta device has no numbers to save")
     config = saved_config(model, quantize)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
     pending = f".config.{digest[:16]}.json"
