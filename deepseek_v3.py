@@ -952,14 +952,17 @@ class Sampling:
 
     def __post_init__(self):
         rules = {
-            "temperature": (self.temperature > 0, "above 0; greedy is do_sample=False"),
-            "top_k": (self.top_k >= 0, "0 (off) or more"),
-            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
-            "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
+            "temperature": (lambda x: 0 < x < math.inf, "above 0; greedy is do_sample=False"),
+            "top_k": (lambda k: k >= 0 and isinstance(k, int), "0 (off) or more"),
+            "top_p": (lambda p: 0 < p <= 1, "in (0, 1]"),
+            "min_p": (lambda p: 0 <= p <= 1, "in [0, 1]"),
         }
         for name, (holds, right) in rules.items():
-            if not holds:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be {right}")
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and holds(value)):
+                raise ValueError(f"{name}={value!r}: must be {right}")
+        if not isinstance(self.generator, torch.Generator | None):
+            raise ValueError(f"generator={self.generator!r}: must be a torch.Generator")
 
     def distribution(self, logits):
         """Probabilities that a token is drawn from, logits (..., vocab) -> the same; greedy: all on one."""
