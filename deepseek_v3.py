@@ -968,7 +968,9 @@ class Sampling:
         """Probabilities that a token is drawn from, logits (..., vocab) -> the same; greedy: all on one."""
         if not self.do_sample:
             return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(upcast(logits).dtype)
-        probs = (upcast(logits) / self.temperature).softmax(-1)
+        # In float32 extreme temperatures are 0 or infinite, and great logits over a low one too.
+        heat, logits = min(max(self.temperature, 1e-9), 1e9), upcast(logits)
+        probs = ((logits - logits.amax(-1, keepdim=True)) / heat).softmax(-1)
         if self.top_k:
             likeliest = probs.topk(min(self.top_k, probs.shape[-1])).indices
             probs = probs * torch.zeros_like(probs).scatter(-1, likeliest, 1.0)
