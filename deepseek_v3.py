@@ -1011,6 +1011,8 @@ def stop_ids(config, eos_token_id):
     """End-of-sequence ids as a list: those given, else the config's; -1 stands for none."""
     given = config.eos_token_id if eos_token_id is None else eos_token_id
     ids = given if isinstance(given, list | tuple) else [] if given is None else [given]
+    if not all(type(token) is int for token in ids):
+        raise ValueError(f"eos_token_id={given!r}: must be a token id, a list of them, or None")
     return [] if -1 in ids else list(ids)
 
 class Continuation:
@@ -1141,13 +1143,16 @@ def generate(
     the same distribution, in fewer steps; a list `statistics` gains (drafted, accepted) of each.
     """
     sampling = Sampling(do_sample, temperature, top_k, top_p, min_p, generator)
-    check_inputs(input_ids, None, model.config.vocab_size)
-    if input_ids.shape[1] == 0 or max_new_tokens < 0:
-        raise ValueError(f"a prompt of {input_ids.shape[1]} tokens, {max_new_tokens=}: too few")
+    check_inputs(input_ids, None, model.config)
+    if type(max_new_tokens) is not int or max_new_tokens < 0:
+        raise ValueError(f"{max_new_tokens=}: must be a whole number, 0 or more")
+    if streamer is not None and not callable(streamer):
+        raise ValueError(f"{streamer=}: must be a function of token ids")
     if use_mtp and not model.mtp_blocks:
         hint = "train one with num_nextn_predict_layers=1, or load a checkpoint that has them"
         raise ValueError(f"use_mtp=True, but the model has no MTP modules: {hint}")
-    if num_draft_tokens is not None and (num_draft_tokens < 1 or not use_mtp):
+    drafts_are_right = type(num_draft_tokens) is int and num_draft_tokens >= 1 and use_mtp
+    if num_draft_tokens is not None and not drafts_are_right:
         raise ValueError(f"{num_draft_tokens=}, {use_mtp=}: must be 1 or more, with use_mtp=True")
     most_drafts = (num_draft_tokens or len(model.mtp_blocks)) if use_mtp else 0
     sinks = streamer, statistics
