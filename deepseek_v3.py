@@ -1098,7 +1098,7 @@ class Drafter:
 
 def decode(model, window, attention_mask, sampling, most_drafts, text):
     """Lengthen `text` to its end: draft, verify all drafts in one pass, forget those that fell."""
-    cache = LatentCache(window.shape[1] + text.most)
+    cache = LatentCache(window.shape[1] + min(text.most, 4096))  # an early end is likely before
     drafter = Drafter(model, sampling, most_drafts, cache.capacity)
     hidden = model.model(window, attention_mask, past_key_values=cache).last_hidden_state  # (B, T, D)
     known = (torch.ones_like(window) if attention_mask is None else attention_mask).bool()  # (B, T)
