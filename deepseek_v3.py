@@ -606,13 +606,13 @@ class DeepseekV3Model(PreTrainedModel):
 
     def embed(self, input_ids, inputs_embeds):
         """The first hidden state, (B, T, D)."""
-        check_inputs(input_ids, inputs_embeds, self.config.vocab_size)
+        check_inputs(input_ids, inputs_embeds, self.config)  # section 10
         return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
     def context(self, x, attention_mask, position_ids, cache):
         """What all layers share: real keys (B, S) or None, RoPE's cos and sin, attention pattern."""
-        B, T = x.shape[:2]
-        past = cache.length if cache is not None else 0
+        check_context(self, x, attention_mask, position_ids, cache)
+        (B, T), past = x.shape[:2], 0 if cache is None else cache.length
         keys = key_mask(attention_mask, cache, B, T)
         if position_ids is None and keys is None:
             position_ids = torch.arange(past, past + T, device=x.device).unsqueeze(0)
@@ -656,9 +656,8 @@ class DeepseekV3ForCausalLM(PreTrainedModel):
         labels (B, T): row i is scored on labels[i + 1], -100 is ignored. In training mode the loss
         adds λ · MTP loss and α · balance loss. `output_mtp` asks for mtp_logits without labels.
         """
-        past = past_key_values.length if past_key_values is not None else 0
-        if labels is not None and logits_to_keep or output_mtp and past:
-            raise ValueError("labels need all logits, output_mtp needs all tokens in this call")
+        past = getattr(past_key_values, "length", 0)
+        check_request(labels, logits_to_keep, output_mtp, past)  # section 10
         out = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
             **observe,
@@ -738,10 +737,7 @@ def shifted_cross_entropy(logits, labels, shift):
 
 def causal_losses(model, out, labels):
     """Cross-entropy, MTP loss and their weighted sum with the balance loss, into `out`."""
-    if labels.shape != out.logits.shape[:2]:
-        found, right = tuple(labels.shape), tuple(out.logits.shape[:2])
-        raise ValueError(f"labels of shape {found}: must be {right}, as the tokens")
-    check_ids("labels", labels[labels != -100], model.config.vocab_size)
+    check_labels(labels, out.logits.shape[:2], model.config.vocab_size)  # section 10
     out.loss = out.main_loss = shifted_cross_entropy(out.logits, labels, 1)
     if out.mtp_logits is not None:
         by_depth = enumerate(out.mtp_logits, 1)
@@ -770,6 +766,7 @@ def classification_loss(model, out, labels):
     (num_labels 1), or floats (B, num_labels) where several labels may hold at once.
     """
     logits = upcast(out.logits)
+    check_classes(labels, logits)  # section 10
     if logits.ndim == 3:
         out.main_loss = shifted_cross_entropy(logits, labels, 0)
     elif model.config.num_labels == 1:
@@ -876,22 +873,80 @@ def gates(modules):
     found = [getattr(getattr(module, "mlp", module), "gate", module) for module in modules]
     return [module for module in dict.fromkeys(found) if isinstance(module, Router)]
 
-def check_inputs(input_ids, inputs_embeds, vocab):
+def described(value):
+    """What was given, for an error: a tensor's dtype and shape, or the type of something else."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    return type(value).__name__
+
+def check_inputs(input_ids, inputs_embeds, config):
     """ValueError unless there is exactly one of tokens (B, T) and embeddings (B, T, D)."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
-    if input_ids is not None:
-        if input_ids.ndim != 2 or input_ids.is_floating_point():
-            found = f"{input_ids.dtype} of shape {tuple(input_ids.shape)}"
-            raise ValueError(f"input_ids are {found}: must be integers (B, T)")
-        check_ids("input_ids", input_ids, vocab)
+    given, integers = (inputs_embeds, False) if input_ids is None else (input_ids, True)
+    name = "input_ids" if integers else "inputs_embeds"
+    right = "int64 or int32 (B, T)" if integers else f"floats (B, T, {config.hidden_size})"
+    fits = isinstance(given, Tensor) and given.numel() > 0
+    if integers:
+        fits = fits and given.ndim == 2 and given.dtype in (torch.int64, torch.int32)
+    else:
+        fits = fits and given.ndim == 3 and given.shape[2] == config.hidden_size
+        fits = fits and given.is_floating_point()
+    if not fits:
+        raise ValueError(f"{name}: {described(given)}: must be {right}, with a token or more")
+    if integers:
+        check_ids(name, given, config.vocab_size)
 
-def check_ids(name, ids, vocab):
+def check_context(model, x, attention_mask, position_ids, cache):
+    """ValueError for what does not go with x (B, T, D)."""
+    if torch.compiler.is_compiling():
+        return
+    if cache is not None and not isinstance(cache, LatentCache):
+        raise ValueError(f"past_key_values: {described(cache)}: must be what a call before gave")
+    rows_width = len(x), model.config.kv_lora_rank + model.config.qk_rope_head_dim
+    for held in () if cache is None or not cache.length else cache.layers.values():
+        if held.shape[::2] != rows_width:
+            found = f"{tuple(held.shape[::2])} rows and numbers a token"
+            raise ValueError(f"past_key_values: {found}: must be {rows_width}")
+    for name, given in ("attention_mask", attention_mask), ("position_ids", position_ids):
+        if given is not None and not isinstance(given, Tensor):
+            raise ValueError(f"{name}: {described(given)}: must be a tensor")
+    if attention_mask is not None and attention_mask.device.type == "cpu":
+        if not ((attention_mask == 0) | (attention_mask == 1)).all():
+            raise ValueError("attention_mask: must hold nothing but 0 (padding) and 1")
+
+def check_request(labels, logits_to_keep, output_mtp, past):
+    """ValueError for what a causal LM cannot be asked for, or not together."""
+    if type(logits_to_keep) is not int or logits_to_keep < 0:
+        raise ValueError(f"{logits_to_keep=}: must be 0 (all) or more")
+    if labels is not None and logits_to_keep or output_mtp and past:
+        raise ValueError("labels need all logits, output_mtp needs all tokens in this call")
+
+def check_ids(name, ids, vocab, ignored=None):
     """ValueError if a token or label id is outside the vocabulary (on a GPU its own check speaks)."""
-    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= vocab:
-            raise ValueError(f"{name} hold {low if low < 0 else high}: must lie in 0..{vocab - 1}")
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    ids = ids if ignored is None else ids[ids != ignored]
+    low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
+    if low < 0 or high >= vocab:
+        raise ValueError(f"{name} hold {low if low < 0 else high}: must lie in 0..{vocab - 1}")
+
+def check_labels(labels, shape, classes):
+    """ValueError unless labels are ids of that shape, each of a class, or -100 to be ignored."""
+    if not (isinstance(labels, Tensor) and labels.shape == shape and labels.dtype == torch.int64):
+        raise ValueError(f"labels: {described(labels)}: must be int64 {tuple(shape)}")
+    check_ids("labels", labels, classes, ignored=-100)
+
+def check_classes(labels, logits):
+    """ValueError unless labels are what classification_loss takes with these logits."""
+    B, classes, tensor = len(logits), logits.shape[-1], isinstance(labels, Tensor)
+    numbers = tensor and (classes == 1 or labels.is_floating_point())
+    if logits.ndim == 2 and numbers:
+        if labels.shape not in (logits.shape, (B * classes,) if classes == 1 else None):
+            raise ValueError(f"labels: {described(labels)}: must be floats {tuple(logits.shape)}")
+    else:
+        flat = tensor and logits.ndim == 2
+        check_labels(labels.flatten() if flat else labels, logits.shape[:-1], classes)
 
 @contextmanager
 def hooked(hooks):
