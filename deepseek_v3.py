@@ -898,7 +898,7 @@ def check_inputs(input_ids, inputs_embeds, config):
         check_ids(name, given, config.vocab_size)
 
 def check_context(model, x, attention_mask, position_ids, cache):
-    """ValueError for what does not go with x (B, T, D)."""
+    """ValueError for what does not go with x (B, T, D); a warning, once, if it gets too long."""
     if torch.compiler.is_compiling():
         return
     if cache is not None and not isinstance(cache, LatentCache):
@@ -914,6 +914,12 @@ def check_context(model, x, attention_mask, position_ids, cache):
     if attention_mask is not None and attention_mask.device.type == "cpu":
         if not ((attention_mask == 0) | (attention_mask == 1)).all():
             raise ValueError("attention_mask: must hold nothing but 0 (padding) and 1")
+    length = x.shape[1] + (0 if cache is None else cache.length)
+    limit = model.config.max_position_embeddings
+    if length > limit and not getattr(model, "told_of_length", False):
+        model.told_of_length = True
+        what = f"{length} positions, but max_position_embeddings={limit}: quality may drop"
+        warnings.warn(what, stacklevel=2)
 
 def check_request(labels, logits_to_keep, output_mtp, past):
     """ValueError for what a causal LM cannot be asked for, or not together."""
