@@ -2551,6 +2551,9 @@ def main(arguments=None):
     options = parser().parse_args(arguments)
     try:
         options.run(options)
+    except KeyboardInterrupt:  # what was printed so far ends with its line
+        print()
+        sys.exit(130)  # as a shell reports a program that Ctrl-C ended
     except FloatingPointError as error:
         sys.exit(f"deepseek_v3.py: {error}")
     except (ValueError, OSError) as error:
