@@ -55,6 +55,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import sysconfig
 import time
@@ -2182,12 +2183,12 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, options.lr, betas=(0.9, 0.95))
         load_state(self)
 
-    def run(self):
-        """Train to options.steps; log every step, evaluate, save states."""
+    def run(self, stop=()):
+        """Train to options.steps, or until `stop` is true; log every step, evaluate, save states."""
         options = self.options
         bar = tqdm(total=options.steps, initial=self.step, unit="step", disable=self.rank > 0)
         with bar, open(self.out / "metrics.jsonl", "a", encoding="utf-8") as log:
-            while self.step < options.steps:
+            while self.step < options.steps and not stop:
                 line = self.train_step()
                 last = self.step == options.steps
                 if last or self.step % options.eval_every == 0:
@@ -2330,10 +2331,14 @@ def finished_model(trainer):
 
 def train_command(options):
     """Train, and end with a sample and the next command."""
-    trainer = Trainer(options)
+    trainer, stop = Trainer(options), []
+    # Ctrl-C lets the step that is running end: a state from inside of it would be half a step.
+    before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
     try:
-        trainer.run()
-    except KeyboardInterrupt:
+        trainer.run(stop)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if trainer.step < options.steps:
         save_state(trainer)
         sys.exit(f"stopped at step {trainer.step}; the same command with --resume goes on")
     model = finished_model(trainer)
