@@ -1978,6 +1978,13 @@ def save_tokenizer(tokenizer, directory):
     write_json(directory, "tokenizer_config.json", settings)
     write_json(directory, "tokenizer.json", json.loads(tokenizer.to_str()))
 
+def read_tokenizer(directory):
+    """The tokenizer.json of a folder; its own errors name neither the file nor their kind."""
+    try:
+        return Tokenizer.from_file(str(Path(directory) / "tokenizer.json"))
+    except Exception as error:
+        raise ValueError(f"{Path(directory) / 'tokenizer.json'}: no tokenizer ({error})") from None
+
 def encoded(file, tokenizer):
     """The encodings of a file's pieces, a few pieces in memory at a time."""
     pieces = read_pieces(file)
@@ -2167,7 +2174,7 @@ class Trainer:
         if self.rank == 0:
             prepare_data(options)
         self.wait()
-        self.tokenizer = Tokenizer.from_file(str(self.out / "tokenizer.json"))
+        self.tokenizer = read_tokenizer(self.out)
         self.config = training_config(options.config, self.tokenizer)
         vocabulary = self.config.vocab_size, self.config.eos_token_id
         self.corpus = Corpus(self.out / "tokens.bin", *vocabulary, options.length, options.seed)
@@ -2350,8 +2357,8 @@ def train_command(options):
 def generate_command(options):
     """Continue a prompt, or answer it, with the model of a folder."""
     prompt = chat_prompt(options.directory, options.prompt) if options.chat else options.prompt
+    tokenizer = read_tokenizer(options.directory)
     model = DeepseekV3ForCausalLM.from_pretrained(options.directory, device_map="auto")
-    tokenizer = Tokenizer.from_file(str(Path(options.directory) / "tokenizer.json"))
     steps, draft = [], {"use_mtp": options.mtp, "num_draft_tokens": options.draft_tokens}
     draft |= {"statistics": steps, "echo": not options.chat}
     how = options.max_new_tokens, options.temperature, options.seed
