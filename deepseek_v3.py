@@ -1352,9 +1352,15 @@ def check_yarn(yarn):
         if not optional and not (number and 1e-6 <= value <= 1e9):
             raise ValueError(f"rope_scaling[{key!r}]={value!r}: must be a number in 1e-6..1e9")
 
+def as_path(directory):
+    """A Path; ValueError for what names no folder."""
+    if not isinstance(directory, str | os.PathLike) or str(directory) == "":
+        raise ValueError(f"directory={directory!r}: must be the path of a folder")
+    return Path(directory)
+
 def read_json(directory, name):
     """The object in directory/name; FileNotFoundError or ValueError names the file."""
-    path = Path(directory) / name
+    path = as_path(directory) / name
     if not os.path.isfile(path):  # Path.is_file raises OSError for a name that is too long
         raise FileNotFoundError(f"{path}: no such file")
     try:
@@ -1373,10 +1379,11 @@ def read_json(directory, name):
 
 def write_json(directory, name, content):
     """Write directory/name in one step: a reader sees the old file or the new one."""
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    beside = Path(directory) / f".{name}.tmp"
-    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    beside.replace(Path(directory) / name)
+    text, directory = json.dumps(content, indent=2) + "\n", as_path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    beside = directory / f".{name}.tmp"
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(directory / name)
 
 # FP8 weights: found by their dtype, never by name. The scale of a 128 x 128 block *multiplies* it, in
 # spite of its name; blocks at the lower and right edge may be smaller.
@@ -1464,7 +1471,7 @@ class Checkpoint:
     """The tensors of a folder by name; a file is opened when something in it is asked for."""
 
     def __init__(self, directory):
-        self.directory, self.headers, self.maps = Path(directory), {}, {}
+        self.directory, self.headers, self.maps = as_path(directory), {}, {}
         if os.path.isfile(self.directory / SINGLE):  # it goes before an index, as in transformers
             self.headers[SINGLE], self.metadata = read_header(self.directory / SINGLE)
             self.files = dict.fromkeys(self.headers[SINGLE], SINGLE)
@@ -1855,7 +1862,7 @@ def save_pretrained(model, directory, max_shard_size="5GB", quantize=None):
     is held. Killed at any moment, or out of disk, it leaves the older checkpoint or this one: new
     files get names of their own, and count from one renaming on, config.json included.
     """
-    limit, directory = parse_size("max_shard_size", max_shard_size), Path(directory)
+    limit, directory = parse_size("max_shard_size", max_shard_size), as_path(directory)
     if quantize not in (None, "fp8"):
         raise ValueError(f"{quantize=}: must be None or 'fp8'")
     if any(isinstance(getattr(module, "gate_proj", None), list) for module in model.modules()):
