@@ -1760,18 +1760,19 @@ def assign_devices(model, sizes, device_map, max_memory):
             raise ValueError(f"device_map: {unit} would be split over {homes[unit]} and {home}")
     return devices
 
-def parse_device(device):
+def parse_device(device, asked_by="device_map"):
     """A torch.device, or "disk"; ValueError if there is no such device."""
-    if device == "disk":
+    if device == "disk" and asked_by == "device_map":
         return device
     try:
         device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise RuntimeError(f"there are {torch.cuda.device_count()} GPUs")
-        torch.empty(0, device=device)
+        if device.type != "cuda":  # which this would start
+            torch.empty(0, device=device)
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
         why = str(error).split("\n")[0]
-        raise ValueError(f"device_map: {device!r} is no device here ({why})") from None
+        raise ValueError(f"{asked_by}: {device} is no device here ({why})") from None
     return device
 
 def automatic_map(model, sizes, max_memory, balanced):
@@ -2105,7 +2106,7 @@ def start_processes(device):
     """This process's rank, how many there are, and its device; one process on a CPU starts none."""
     import torch.distributed as dist
 
-    device = torch.device(device)
+    device = parse_device(device, "--device")
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:  # set by torchrun
         if device.type == "cuda":
@@ -2132,17 +2133,25 @@ def shard(model, device):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh, mp_policy=policy)
 
+def check_flags(options, **ranges):
+    """ValueError for a number that is not in its range, ends included."""
+    for name, (low, high) in ranges.items():
+        value = getattr(options, name)
+        if value is not None and not low <= value <= high:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} {value}: must be in {low}..{high}")
+
 def check_training(options, world):
     """ValueError for options that cannot work, before anything is written."""
-    for name in ("steps", "batch", "accumulate", "eval_every", "save_every", "keep"):
-        flag, value = "--" + name.replace("_", "-"), getattr(options, name)
-        if value < 1:
-            raise ValueError(f"{flag} {value}: must be 1 or more")
+    counts = ("steps", "batch", "accumulate", "eval_every", "save_every", "keep")
+    check_flags(options, **dict.fromkeys(counts, (1, 10**9)), length=(4, 10**9))
+    check_flags(options, vocab_size=(258, MOST), lr=(1e-9, 100), seed=(0, 10**12))
+    check_flags(options, warmup=(0, 1), batch_ramp=(0, 1), gamma=(0, 1))
     parts = world * options.accumulate
     if options.batch % parts:
         raise ValueError(f"--batch {options.batch}: must be a multiple of {parts}, its parts")
-    if options.length < 4 or options.vocab_size < 258 or not 0 < options.lr < math.inf:
-        raise ValueError("needed: --length 4 or more, --vocab-size 258 or more, --lr above 0")
+    if options.config is not None:
+        DeepseekV3Config.from_pretrained(Path(options.config).parent, Path(options.config).name)
 
 def prepare_data(options):
     """Make tokenizer.json and tokens.bin in options.out, once: a resumed run finds them there."""
@@ -2185,6 +2194,7 @@ class Trainer:
         self.config = training_config(options.config, self.tokenizer)
         vocabulary = self.config.vocab_size, self.config.eos_token_id
         self.corpus = Corpus(self.out / "tokens.bin", *vocabulary, options.length, options.seed)
+        check_flags(options, batch=(1, self.corpus.windows))  # a batch holds none twice
         torch.manual_seed(options.seed)
         self.model = shard(DeepseekV3ForCausalLM(self.config), self.device)
         self.model.model.gradient_checkpointing = options.recompute
@@ -2363,6 +2373,7 @@ def train_command(options):
 
 def generate_command(options):
     """Continue a prompt, or answer it, with the model of a folder."""
+    check_flags(options, max_new_tokens=(0, 10**12), temperature=(0, 10**6), seed=(0, 10**12))
     prompt = chat_prompt(options.directory, options.prompt) if options.chat else options.prompt
     tokenizer = read_tokenizer(options.directory)
     model = DeepseekV3ForCausalLM.from_pretrained(options.directory, device_map="auto")
@@ -2430,6 +2441,7 @@ def stream_text(model, tokenizer, prompt, max_new_tokens, temperature, seed, ech
 
 def info_command(options):
     """Parameters, bytes and FLOPs of a config.json or a folder, and its split over GPUs."""
+    check_flags(options, gpus=(1, 10**5), gpu_memory=(0.1, 10**6))
     path = Path(options.path)
     folder, file = (path, "config.json") if path.is_dir() else (path.parent, path.name)
     config = DeepseekV3Config.from_pretrained(folder, file)
