@@ -2153,6 +2153,15 @@ def check_training(options, world):
     if options.config is not None:
         DeepseekV3Config.from_pretrained(Path(options.config).parent, Path(options.config).name)
 
+def check_memory(config):
+    """ValueError for a model of which embeddings and experts alone are more than the memory there is."""
+    layers = max(0, config.num_hidden_layers - config.first_k_dense_replace)
+    width = config.n_routed_experts * config.moe_intermediate_size
+    size = 4 * config.hidden_size * (2 * config.vocab_size + 3 * width * layers) / 2**30
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    if size > memory:
+        raise ValueError(f"--config: over {size:.0f} GiB of weights, of memory {memory:.0f} GiB")
+
 def prepare_data(options):
     """Make tokenizer.json and tokens.bin in options.out, once: a resumed run finds them there."""
     out = Path(options.out)
@@ -2174,7 +2183,9 @@ def training_config(path, tokenizer):
     if path is None:
         return DeepseekV3Config.tiny(**vocabulary)
     given = read_json(Path(path).parent, Path(path).name)
-    return DeepseekV3Config(**(FIXED_KEYS | given | vocabulary))
+    config = DeepseekV3Config(**(FIXED_KEYS | given | vocabulary))
+    check_memory(config)
+    return config
 
 class Trainer:
     """One run: model, optimizer, data, and what it writes to options.out.
