@@ -2407,7 +2407,6 @@ def draft_report(steps):
 def chat_prompt(directory, text):
     """The text of a user as the folder's own chat template puts it to the model."""
     try:
-        from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
         raise ValueError("--chat needs jinja2: pip install jinja2") from None
@@ -2416,17 +2415,18 @@ def chat_prompt(directory, text):
         settings = read_json(directory, "tokenizer_config.json")
     template = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
     if isinstance(template, list):  # several by name
-        template = {each.get("name"): each.get("template") for each in template}.get("default")
+        named = [each for each in template if isinstance(each, dict)]
+        template = {str(each.get("name")): each.get("template") for each in named}.get("default")
     if not isinstance(template, str):
         raise ValueError(f"{directory}: no chat template in its tokenizer_config.json")
     tokens = {name: settings.get(name) or "" for name in ("bos_token", "eos_token")}
-    names = {n: t["content"] if isinstance(t, dict) else t for n, t in tokens.items()}
+    names = {n: t.get("content") if isinstance(t, dict) else t for n, t in tokens.items()}
     messages = [{"role": "user", "content": text}]
     try:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         chat = environment.from_string(template)
         return chat.render(messages=messages, add_generation_prompt=True, **names)
-    except TemplateError as error:
+    except Exception as error:  # a template can raise anything
         raise ValueError(f"{directory}: its chat template fails ({error})") from None
 
 def stream_text(model, tokenizer, prompt, max_new_tokens, temperature, seed, echo=True, **drafting):
