@@ -1048,7 +1048,10 @@ class Sampling:
         """A token from each distribution, normalised or not; (B, vocab) -> (B)."""
         if not self.do_sample:
             return probs.argmax(-1)
-        return torch.multinomial(probs, 1, generator=self.generator).squeeze(-1)
+        try:
+            return torch.multinomial(probs, 1, generator=self.generator).squeeze(-1)
+        except RuntimeError as error:
+            raise ValueError(f"the logits cannot be sampled from, is one NaN? ({error})") from None
 
     def accept(self, drafts, q, p):
         """Speculative sampling: how many drafts stand (B), and the token behind them (B).
