@@ -1888,8 +1888,10 @@ def save_pretrained(model, directory, max_shard_size="5GB", quantize=None):
     except SafetensorError as error:
         raise OSError(f"{directory}: {error}") from None
     finally:
-        for path in directory.glob(".part-*.tmp"):
-            path.unlink()
+        # Those of an earlier, killed save too: safetensors writes to .tmp and six letters first.
+        for pattern in (".part-*.tmp", ".tmp??????", "..config.*.tmp"):
+            for path in directory.glob(pattern):
+                path.unlink()
 
 def put_in_place(directory, parts, metadata, total):
     """Exchange an older checkpoint for the files .part-*.tmp, each step leaving one that is whole.
