@@ -1225,7 +1225,7 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        decode(model, input_ids, attention_mask, sampling, most_drafts, text)
+        decode(model, input_ids.long(), attention_mask, sampling, most_drafts, text)
     finally:
         model.train(was_training)
     return torch.cat([input_ids, *(column.unsqueeze(1) for column in text.columns)], 1)

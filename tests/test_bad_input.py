@@ -155,6 +155,12 @@ def test_a_prompt_that_cannot_work_is_named(model, ids):
     refuses("input_ids", model.generate, ids)
 
 
+@pytest.mark.parametrize("use_mtp", [False, True])
+def test_a_prompt_of_short_integers_is_one_too(model, use_mtp):
+    found = model.generate(IDS.int(), max_new_tokens=6, use_mtp=use_mtp)
+    assert torch.equal(found, model.generate(IDS, max_new_tokens=6))
+
+
 def test_a_broken_model_is_not_sampled_from():
     model = build()
     with torch.no_grad():
