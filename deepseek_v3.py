@@ -55,6 +55,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import sysconfig
 import time
@@ -130,7 +131,7 @@ class DeepseekV3Config:
     mtp_loss_weight: int | float = 0.3  # λ, Eq. 25: 0.3 for 10T tokens, then 0.1
     balance_loss_weight: int | float = 0.0001  # α, Eq. 17
 
-    def __init__(self, **given):
+    def __init__(self, /, **given):
         for name, value in config_values(given).items():  # section 12, as are the checks
             setattr(self, name, value)
         check_config(self)
@@ -606,13 +607,13 @@ class DeepseekV3Model(PreTrainedModel):
 
     def embed(self, input_ids, inputs_embeds):
         """The first hidden state, (B, T, D)."""
-        check_inputs(input_ids, inputs_embeds, self.config.vocab_size)
+        check_inputs(input_ids, inputs_embeds, self.config)  # section 10
         return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
     def context(self, x, attention_mask, position_ids, cache):
         """What all layers share: real keys (B, S) or None, RoPE's cos and sin, attention pattern."""
-        B, T = x.shape[:2]
-        past = cache.length if cache is not None else 0
+        check_context(self, x, attention_mask, position_ids, cache)
+        (B, T), past = x.shape[:2], 0 if cache is None else cache.length
         keys = key_mask(attention_mask, cache, B, T)
         if position_ids is None and keys is None:
             position_ids = torch.arange(past, past + T, device=x.device).unsqueeze(0)
@@ -656,9 +657,8 @@ class DeepseekV3ForCausalLM(PreTrainedModel):
         labels (B, T): row i is scored on labels[i + 1], -100 is ignored. In training mode the loss
         adds λ · MTP loss and α · balance loss. `output_mtp` asks for mtp_logits without labels.
         """
-        past = past_key_values.length if past_key_values is not None else 0
-        if labels is not None and logits_to_keep or output_mtp and past:
-            raise ValueError("labels need all logits, output_mtp needs all tokens in this call")
+        past = getattr(past_key_values, "length", 0)
+        check_request(labels, logits_to_keep, output_mtp, past)  # section 10
         out = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
             **observe,
@@ -738,10 +738,7 @@ def shifted_cross_entropy(logits, labels, shift):
 
 def causal_losses(model, out, labels):
     """Cross-entropy, MTP loss and their weighted sum with the balance loss, into `out`."""
-    if labels.shape != out.logits.shape[:2]:
-        found, right = tuple(labels.shape), tuple(out.logits.shape[:2])
-        raise ValueError(f"labels of shape {found}: must be {right}, as the tokens")
-    check_ids("labels", labels[labels != -100], model.config.vocab_size)
+    check_labels(labels, out.logits.shape[:2], model.config.vocab_size)  # section 10
     out.loss = out.main_loss = shifted_cross_entropy(out.logits, labels, 1)
     if out.mtp_logits is not None:
         by_depth = enumerate(out.mtp_logits, 1)
@@ -770,6 +767,7 @@ def classification_loss(model, out, labels):
     (num_labels 1), or floats (B, num_labels) where several labels may hold at once.
     """
     logits = upcast(out.logits)
+    check_classes(labels, logits)  # section 10
     if logits.ndim == 3:
         out.main_loss = shifted_cross_entropy(logits, labels, 0)
     elif model.config.num_labels == 1:
@@ -876,22 +874,86 @@ def gates(modules):
     found = [getattr(getattr(module, "mlp", module), "gate", module) for module in modules]
     return [module for module in dict.fromkeys(found) if isinstance(module, Router)]
 
-def check_inputs(input_ids, inputs_embeds, vocab):
+def described(value):
+    """What was given, for an error: a tensor's dtype and shape, or the type of something else."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    return type(value).__name__
+
+def check_inputs(input_ids, inputs_embeds, config):
     """ValueError unless there is exactly one of tokens (B, T) and embeddings (B, T, D)."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
-    if input_ids is not None:
-        if input_ids.ndim != 2 or input_ids.is_floating_point():
-            found = f"{input_ids.dtype} of shape {tuple(input_ids.shape)}"
-            raise ValueError(f"input_ids are {found}: must be integers (B, T)")
-        check_ids("input_ids", input_ids, vocab)
+    given, integers = (inputs_embeds, False) if input_ids is None else (input_ids, True)
+    name = "input_ids" if integers else "inputs_embeds"
+    right = "int64 or int32 (B, T)" if integers else f"floats (B, T, {config.hidden_size})"
+    fits = isinstance(given, Tensor) and given.numel() > 0
+    if integers:
+        fits = fits and given.ndim == 2 and given.dtype in (torch.int64, torch.int32)
+    else:
+        fits = fits and given.ndim == 3 and given.shape[2] == config.hidden_size
+        fits = fits and given.is_floating_point()
+    if not fits:
+        raise ValueError(f"{name}: {described(given)}: must be {right}, with a token or more")
+    if integers:
+        check_ids(name, given, config.vocab_size)
 
-def check_ids(name, ids, vocab):
+def check_context(model, x, attention_mask, position_ids, cache):
+    """ValueError for what does not go with x (B, T, D); a warning, once, if it gets too long."""
+    if torch.compiler.is_compiling():
+        return
+    if cache is not None and not isinstance(cache, LatentCache):
+        raise ValueError(f"past_key_values: {described(cache)}: must be what a call before gave")
+    rows_width = len(x), model.config.kv_lora_rank + model.config.qk_rope_head_dim
+    for held in () if cache is None or not cache.length else cache.layers.values():
+        if held.shape[::2] != rows_width:
+            found = f"{tuple(held.shape[::2])} rows and numbers a token"
+            raise ValueError(f"past_key_values: {found}: must be {rows_width}")
+    for name, given in ("attention_mask", attention_mask), ("position_ids", position_ids):
+        if given is not None and not isinstance(given, Tensor):
+            raise ValueError(f"{name}: {described(given)}: must be a tensor")
+    if attention_mask is not None and attention_mask.device.type == "cpu":
+        if not ((attention_mask == 0) | (attention_mask == 1)).all():
+            raise ValueError("attention_mask: must hold nothing but 0 (padding) and 1")
+    length = x.shape[1] + (0 if cache is None else cache.length)
+    limit = model.config.max_position_embeddings
+    if length > limit and not getattr(model, "told_of_length", False):
+        model.told_of_length = True
+        what = f"{length} positions, but max_position_embeddings={limit}: quality may drop"
+        warnings.warn(what, stacklevel=2)
+
+def check_request(labels, logits_to_keep, output_mtp, past):
+    """ValueError for what a causal LM cannot be asked for, or not together."""
+    if type(logits_to_keep) is not int or logits_to_keep < 0:
+        raise ValueError(f"{logits_to_keep=}: must be 0 (all) or more")
+    if labels is not None and logits_to_keep or output_mtp and past:
+        raise ValueError("labels need all logits, output_mtp needs all tokens in this call")
+
+def check_ids(name, ids, vocab, ignored=None):
     """ValueError if a token or label id is outside the vocabulary (on a GPU its own check speaks)."""
-    if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= vocab:
-            raise ValueError(f"{name} hold {low if low < 0 else high}: must lie in 0..{vocab - 1}")
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    ids = ids if ignored is None else ids[ids != ignored]
+    low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
+    if low < 0 or high >= vocab:
+        raise ValueError(f"{name} hold {low if low < 0 else high}: must lie in 0..{vocab - 1}")
+
+def check_labels(labels, shape, classes):
+    """ValueError unless labels are ids of that shape, each of a class, or -100 to be ignored."""
+    if not (isinstance(labels, Tensor) and labels.shape == shape and labels.dtype == torch.int64):
+        raise ValueError(f"labels: {described(labels)}: must be int64 {tuple(shape)}")
+    check_ids("labels", labels, classes, ignored=-100)
+
+def check_classes(labels, logits):
+    """ValueError unless labels are what classification_loss takes with these logits."""
+    B, classes, tensor = len(logits), logits.shape[-1], isinstance(labels, Tensor)
+    numbers = tensor and (classes == 1 or labels.is_floating_point())
+    if logits.ndim == 2 and numbers:
+        if labels.shape not in (logits.shape, (B * classes,) if classes == 1 else None):
+            raise ValueError(f"labels: {described(labels)}: must be floats {tuple(logits.shape)}")
+    else:
+        flat = tensor and logits.ndim == 2
+        check_labels(labels.flatten() if flat else labels, logits.shape[:-1], classes)
 
 @contextmanager
 def hooked(hooks):
@@ -952,20 +1014,25 @@ class Sampling:
 
     def __post_init__(self):
         rules = {
-            "temperature": (self.temperature > 0, "above 0; greedy is do_sample=False"),
-            "top_k": (self.top_k >= 0, "0 (off) or more"),
-            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
-            "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
+            "temperature": (lambda x: 0 < x < math.inf, "above 0; greedy is do_sample=False"),
+            "top_k": (lambda k: k >= 0 and isinstance(k, int), "0 (off) or more"),
+            "top_p": (lambda p: 0 < p <= 1, "in (0, 1]"),
+            "min_p": (lambda p: 0 <= p <= 1, "in [0, 1]"),
         }
         for name, (holds, right) in rules.items():
-            if not holds:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be {right}")
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and holds(value)):
+                raise ValueError(f"{name}={value!r}: must be {right}")
+        if not isinstance(self.generator, torch.Generator | None):
+            raise ValueError(f"generator={self.generator!r}: must be a torch.Generator")
 
     def distribution(self, logits):
         """Probabilities that a token is drawn from, logits (..., vocab) -> the same; greedy: all on one."""
         if not self.do_sample:
             return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(upcast(logits).dtype)
-        probs = (upcast(logits) / self.temperature).softmax(-1)
+        # In float32 extreme temperatures are 0 or infinite, and great logits over a low one too.
+        heat, logits = min(max(self.temperature, 1e-9), 1e9), upcast(logits)
+        probs = ((logits - logits.amax(-1, keepdim=True)) / heat).softmax(-1)
         if self.top_k:
             likeliest = probs.topk(min(self.top_k, probs.shape[-1])).indices
             probs = probs * torch.zeros_like(probs).scatter(-1, likeliest, 1.0)
@@ -981,7 +1048,10 @@ class Sampling:
         """A token from each distribution, normalised or not; (B, vocab) -> (B)."""
         if not self.do_sample:
             return probs.argmax(-1)
-        return torch.multinomial(probs, 1, generator=self.generator).squeeze(-1)
+        try:
+            return torch.multinomial(probs, 1, generator=self.generator).squeeze(-1)
+        except RuntimeError as error:
+            raise ValueError(f"the logits cannot be sampled from, is one NaN? ({error})") from None
 
     def accept(self, drafts, q, p):
         """Speculative sampling: how many drafts stand (B), and the token behind them (B).
@@ -1002,15 +1072,21 @@ class Sampling:
         # Where p and q differ by rounding only, nothing may be left to draw from: then p is right.
         return accepted, self.draw(residual.where(residual.sum(-1, keepdim=True) > 0, p))
 
+def stop_ids(config, eos_token_id):
+    """End-of-sequence ids as a list: those given, else the config's; -1 stands for none."""
+    given = config.eos_token_id if eos_token_id is None else eos_token_id
+    ids = given if isinstance(given, list | tuple) else [] if given is None else [given]
+    if not all(type(token) is int for token in ids):
+        raise ValueError(f"eos_token_id={given!r}: must be a token id, a list of them, or None")
+    return [] if -1 in ids else list(ids)
+
 class Continuation:
     """What each row has gained, up to `most` tokens; a column is made once every row has it."""
 
     def __init__(self, config, rows, most, eos_token_id, streamer, statistics):
         self.most, self.streamer = most, streamer
         self.statistics = [] if statistics is None else statistics
-        given = config.eos_token_id if eos_token_id is None else eos_token_id
-        stops = given if isinstance(given, list | tuple) else [] if given is None else [given]
-        self.stops = [] if -1 in stops else list(stops)
+        self.stops = stop_ids(config, eos_token_id)
         self.pad = (self.stops or [0])[0] if config.pad_token_id is None else config.pad_token_id
         self.rows, self.columns, self.finished = [[] for _ in range(rows)], [], [most == 0] * rows
 
@@ -1087,7 +1163,7 @@ class Drafter:
 
 def decode(model, window, attention_mask, sampling, most_drafts, text):
     """Lengthen `text` to its end: draft, verify all drafts in one pass, forget those that fell."""
-    cache = LatentCache(window.shape[1] + text.most)
+    cache = LatentCache(window.shape[1] + min(text.most, 4096))  # an early end is likely before
     drafter = Drafter(model, sampling, most_drafts, cache.capacity)
     hidden = model.model(window, attention_mask, past_key_values=cache).last_hidden_state  # (B, T, D)
     known = (torch.ones_like(window) if attention_mask is None else attention_mask).bool()  # (B, T)
@@ -1129,13 +1205,16 @@ def generate(
     the same distribution, in fewer steps; a list `statistics` gains (drafted, accepted) of each.
     """
     sampling = Sampling(do_sample, temperature, top_k, top_p, min_p, generator)
-    check_inputs(input_ids, None, model.config.vocab_size)
-    if input_ids.shape[1] == 0 or max_new_tokens < 0:
-        raise ValueError(f"a prompt of {input_ids.shape[1]} tokens, {max_new_tokens=}: too few")
+    check_inputs(input_ids, None, model.config)
+    if type(max_new_tokens) is not int or max_new_tokens < 0:
+        raise ValueError(f"{max_new_tokens=}: must be a whole number, 0 or more")
+    if streamer is not None and not callable(streamer):
+        raise ValueError(f"{streamer=}: must be a function of token ids")
     if use_mtp and not model.mtp_blocks:
         hint = "train one with num_nextn_predict_layers=1, or load a checkpoint that has them"
         raise ValueError(f"use_mtp=True, but the model has no MTP modules: {hint}")
-    if num_draft_tokens is not None and (num_draft_tokens < 1 or not use_mtp):
+    drafts_are_right = type(num_draft_tokens) is int and num_draft_tokens >= 1 and use_mtp
+    if num_draft_tokens is not None and not drafts_are_right:
         raise ValueError(f"{num_draft_tokens=}, {use_mtp=}: must be 1 or more, with use_mtp=True")
     most_drafts = (num_draft_tokens or len(model.mtp_blocks)) if use_mtp else 0
     sinks = streamer, statistics
@@ -1143,7 +1222,7 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        decode(model, input_ids, attention_mask, sampling, most_drafts, text)
+        decode(model, input_ids.long(), attention_mask, sampling, most_drafts, text)
     finally:
         model.train(was_training)
     return torch.cat([input_ids, *(column.unsqueeze(1) for column in text.columns)], 1)
@@ -1162,8 +1241,11 @@ def config_values(given):
     whole_file = "model_type" in given
     values |= {"num_nextn_predict_layers": 0} if whole_file else {"rope_scaling": dict(YARN_V3)}
     if "rope_parameters" in given:  # transformers 5 has both RoPE settings in one dict
-        rope = dict(given.pop("rope_parameters") or {})
-        given |= {"rope_theta": rope.pop("rope_theta", 10000.0), "rope_scaling": rope or None}
+        rope = given.pop("rope_parameters") or {}
+        if not isinstance(rope, dict):
+            raise ValueError(f"rope_parameters={rope!r}: must be a dict")
+        yarn = {key: value for key, value in rope.items() if key != "rope_theta"}
+        given |= {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": yarn or None}
     if "num_mtp_layers" in given:  # transformers' name
         given["num_nextn_predict_layers"] = given.pop("num_mtp_layers")
     if "num_labels" not in given and isinstance(given.get("id2label"), dict):
@@ -1184,12 +1266,13 @@ def config_dict(config):
 
 def load_config(cls, path, **overrides):
     """Read a folder's config.json, or that file; an error names what is wrong."""
-    file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+    path = as_path(path)
+    file = path / "config.json" if os.path.isdir(path) else path
     return cls(**(FIXED_KEYS | read_json(file) | overrides))
 
 def save_config(config, directory):
     """Write directory/config.json."""
-    write_json(Path(directory) / "config.json", config.to_dict())
+    write_json(as_path(directory) / "config.json", config.to_dict())
 
 DeepseekV3Config.to_dict = config_dict
 DeepseekV3Config.from_pretrained = classmethod(load_config)
@@ -1207,15 +1290,10 @@ def check_config(config):
     for key in config.extra:
         for meant in difflib.get_close_matches(key, fields, n=1, cutoff=0.9):
             raise ValueError(f"{key!r} is not a config field: did you mean {meant!r}?")
-    can_be_zero = {"first_k_dense_replace", "num_nextn_predict_layers", "n_shared_experts"}
-    can_be_zero |= {"initializer_range", "mtp_loss_weight", "balance_loss_weight"}
     for name, kind in fields.items():
-        value = getattr(config, name)
-        typed = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
-        require(name, typed, getattr(kind, "__name__", kind))
-        if isinstance(value, int | float) and kind is not bool and not name.endswith("token_id"):
-            right = "0 or more, and finite" if name in can_be_zero else "above 0, and finite"
-            require(name, 0 < value < math.inf or value == 0 and name in can_be_zero, right)
+        check_field(name, kind, getattr(config, name), require)
+    L = config.num_hidden_layers + config.num_nextn_predict_layers
+    require("n_routed_experts", config.n_routed_experts * L <= MOST, f"at most {MOST // L}")
     G, per_group = config.n_group, config.n_routed_experts // config.n_group
     reach = config.topk_group * per_group
     heads = config.num_attention_heads
@@ -1225,7 +1303,6 @@ def check_config(config):
     require("n_group", G == 1 or per_group >= 2, "1, or leave 2 experts or more a group")
     require("topk_group", config.topk_group <= G, f"at most n_group={G}")
     require("num_experts_per_tok", config.num_experts_per_tok <= reach, f"at most {reach}")
-    require("rope_theta", config.rope_theta > 1, "above 1")
     for name, only in (FIXED_KEYS | {"moe_layer_freq": 1, "rope_interleave": True}).items():
         allowed = (only, "kimi_k2") if name == "model_type" else (only,)
         require(name, config.extra.get(name, only) in allowed, f"{only!r}, as in this whole family")
@@ -1234,6 +1311,31 @@ def check_config(config):
     require("quantization_config", released, f"as released, {QUANTIZATION}")
     if config.rope_scaling is not None:
         check_yarn(config.rope_scaling)
+    for key, value in config.to_dict().items():
+        try:
+            json.dumps(value, indent=2)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{key} cannot be written to config.json: {error}") from None
+
+# What a number must lie in, if not in 1..MOST, or above 0 where it need not be whole: larger sizes
+# overflow in torch, and more layers take forever.
+MOST = 10**6
+RANGES = {"num_hidden_layers": (1, 1000), "num_nextn_predict_layers": (0, 1000)}
+RANGES |= dict.fromkeys(("first_k_dense_replace", "n_shared_experts"), (0, MOST))
+RANGES |= dict.fromkeys(("initializer_range", "mtp_loss_weight", "balance_loss_weight"), (0, MOST))
+RANGES |= {"max_position_embeddings": (1, 10**12), "rope_theta": (1 + 1e-9, 1e18)}
+
+def check_field(name, kind, value, require):
+    """The type and the range of one field."""
+    boolean = isinstance(value, bool) == (kind is bool)
+    require(name, isinstance(value, kind) and boolean, getattr(kind, "__name__", kind))
+    if name.endswith("token_id"):
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        valid = all(type(token) is int and -1 <= token < 2**31 for token in ids)
+        require(name, valid, "a token id or None, eos_token_id also a list of them")
+    elif kind is not bool and isinstance(value, int | float):
+        least, most = RANGES.get(name, (1e-18, 1e18) if kind == int | float else (1, MOST))
+        require(name, least <= value <= most, f"in {least:g}..{most:g}")
 
 def check_yarn(yarn):
     """ValueError for YaRN settings that cannot work."""
@@ -1245,12 +1347,18 @@ def check_yarn(yarn):
     for key in (*needed, "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"):
         value = yarn.get(key)
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (number and 0 < value < math.inf) and (key in needed or value not in (None, 0)):
-            raise ValueError(f"rope_scaling[{key!r}]={value!r}: must be a number above 0")
+        if not (number and 1e-6 <= value <= 1e9) and (key in needed or value not in (None, 0)):
+            raise ValueError(f"rope_scaling[{key!r}]={value!r}: must be a number in 1e-6..1e9")
+
+def as_path(directory):
+    """A Path; ValueError for what names no folder."""
+    if not isinstance(directory, str | os.PathLike) or str(directory) == "":
+        raise ValueError(f"directory={directory!r}: must be the path of a folder")
+    return Path(directory)
 
 def read_json(path):
     """The object in a file; FileNotFoundError or ValueError names the file."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises OSError for a name that is too long
         raise FileNotFoundError(f"{path}: no such file")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -1258,13 +1366,19 @@ def read_json(path):
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds {type(content).__name__}, must be a JSON object")
+    level = [content]
+    for _ in range(100):  # deeper, printing or writing it could meet Python's limit
+        inner = (v.values() if isinstance(v, dict) else v for v in level)
+        level = [v for values in inner for v in values if isinstance(v, dict | list)]
+    if level:
+        raise ValueError(f"{path}: nested more than 100 deep")
     return content
 
 def write_json(path, content):
     """Write a file in one step: a reader sees the old one or the new one."""
+    text, beside = json.dumps(content, indent=2) + "\n", path.with_name(f".{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    beside.write_text(text, encoding="utf-8")
     beside.replace(path)
 
 # FP8 weights: found by their dtype, never by name. The scale of a 128 x 128 block *multiplies* it, in
@@ -1331,7 +1445,7 @@ Stored = namedtuple("Stored", "file path dtype shape begin nbytes")  # where a t
 
 def read_header(path):
     """{name: Stored} and metadata of a safetensors file; an error names one that is not whole."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file")
     try:
         file = safe_open(path, framework="pt")  # checks names, sizes and offsets
@@ -1341,6 +1455,9 @@ def read_header(path):
     header = json.loads(np.fromfile(path, np.uint8, start - 8, offset=8).tobytes())
     metadata = header.pop("__metadata__", None) or {}
     for name, entry in header.items():
+        # What opened the file takes an entry without its keys too; nobody writes one.
+        if not isinstance(entry, dict) or not isinstance(entry["dtype"], str):
+            raise ValueError(f"{path}: {name} is {entry}, must be an object")
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         kind = KINDS.get(dtype, dtype)
         header[name] = Stored(file, path, kind, shape, start + begin, end - begin)
@@ -1350,11 +1467,11 @@ class Checkpoint:
     """The tensors of a folder by name; a file is opened when something in it is asked for."""
 
     def __init__(self, directory):
-        self.directory, self.headers = Path(directory), {}
-        if (self.directory / SINGLE).is_file():  # it goes before an index, as in transformers
+        self.directory, self.headers = as_path(directory), {}
+        if os.path.isfile(self.directory / SINGLE):  # it goes before an index, as in transformers
             self.headers[SINGLE], self.metadata = read_header(self.directory / SINGLE)
             self.files = dict.fromkeys(self.headers[SINGLE], SINGLE)
-        elif (self.directory / INDEX).is_file():
+        elif os.path.isfile(self.directory / INDEX):
             index = read_json(self.directory / INDEX)
             self.files, metadata = index.get("weight_map"), index.get("metadata")
             self.metadata = metadata if isinstance(metadata, dict) else {}
@@ -1366,7 +1483,7 @@ class Checkpoint:
             raise FileNotFoundError(f"{directory}: no {SINGLE}, no {INDEX} (pickles are not read)")
         # A save that was cut off at its very end left its config under the name that the weights give.
         pending = self.directory / Path(str(self.metadata.get("config"))).name
-        self.config_file = pending if pending.is_file() else self.directory / "config.json"
+        self.config_file = pending if os.path.isfile(pending) else self.directory / "config.json"
 
     def find(self, name):
         """The Stored of a tensor; ValueError if its file and the index disagree."""
@@ -1487,8 +1604,8 @@ def load_pretrained(
 def slice_config(config, stored, kept, causal):
     """Cut a config to `kept` layers, if asked for, and to the MTP modules that are there."""
     depth, mtp = config.num_hidden_layers, config.num_nextn_predict_layers
-    if kept is not None and not 1 <= kept <= depth:
-        raise ValueError(f"num_hidden_layers={kept}: must be in 1..{depth}, as stored")
+    if kept is not None and not (type(kept) is int and 1 <= kept <= depth):
+        raise ValueError(f"num_hidden_layers={kept!r}: must be in 1..{depth}, as stored")
     if kept is not None and config.first_k_dense_replace <= depth:  # MTP modules keep experts
         config.first_k_dense_replace = min(config.first_k_dense_replace, kept)
     config.num_hidden_layers = kept or depth
@@ -1496,6 +1613,11 @@ def slice_config(config, stored, kept, causal):
     if mtp and causal and not any(name.startswith(mtp_layers) for name in stored.files):
         warnings.warn(f"{stored.directory}: announces MTP modules, but holds none", stacklevel=3)
         config.num_nextn_predict_layers = 0
+    layers = config.num_hidden_layers + config.num_nextn_predict_layers * causal
+    routed = max(0, layers - config.first_k_dense_replace) * config.n_routed_experts
+    if max(layers, routed) > len(stored.files):  # said before all of them are built
+        what = f"{layers} layers, {routed} routed experts, of which most are missing"
+        raise ValueError(f"{stored.directory}: its config announces {what}")
 
 def check_coverage(model, stored, sources, whole):
     """ValueError unless every tensor of the model is stored, in its shape, and nothing else is."""
@@ -1604,20 +1726,25 @@ def assign_devices(model, sizes, device_map, max_memory):
             raise ValueError(f"device_map: {unit} would be split over {homes[unit]} and {home}")
     return devices
 
-def parse_device(device):
+def parse_device(device, asked_by="device_map"):
     """A torch.device, or "disk"; ValueError if there is no such device."""
-    if device == "disk":
+    if device == "disk" and asked_by == "device_map":
         return device
     try:
         device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device_map: {device!r} is no device ({error})") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device_map: there is no {device}, only {torch.cuda.device_count()} GPUs")
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise RuntimeError(f"there are {torch.cuda.device_count()} GPUs")
+        if device.type != "cuda":  # which this would start
+            torch.empty(0, device=device)
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+        why = str(error).split("\n")[0]
+        raise ValueError(f"{asked_by}: {device} is no device here ({why})") from None
     return device
 
 def free_memory(max_memory):
     """{device: bytes to use}: as given, or what GPUs and memory have free, and then the disk."""
+    if not isinstance(max_memory, dict | None):
+        raise ValueError(f"{max_memory=}: must be a dict, like {{0: '141GB', 'cpu': '64GB'}}")
     if max_memory is not None:
         return {device: parse_size("max_memory", size) for device, size in max_memory.items()}
     gpus = range(torch.cuda.device_count())
@@ -1674,6 +1801,8 @@ def stored_tensors(model, quantize):
             one = e if weight.ndim == 3 else ...
             part = (weight[one], None) if scale is None else (weight[one], scale.detach()[one])
             part = quantise(weight[one]) if to_fp8 else part
+            if to_fp8 and not part[1].isfinite().all():
+                raise ValueError(f"{piece}: holds a NaN or an infinity, which FP8 blocks cannot")
             yield piece, part[0].contiguous()
             if part[1] is not None:
                 yield piece + SCALE, part[1].contiguous()
@@ -1697,11 +1826,13 @@ def save_pretrained(model, directory, max_shard_size="5GB", quantize=None):
     is held. Killed at any moment, or out of disk, it leaves the older checkpoint or this one: new
     files get names of their own, and count from one renaming on, config.json included.
     """
-    limit, directory = parse_size("max_shard_size", max_shard_size), Path(directory)
+    limit, directory = parse_size("max_shard_size", max_shard_size), as_path(directory)
     if quantize not in (None, "fp8"):
         raise ValueError(f"{quantize=}: must be None or 'fp8'")
     if any(isinstance(getattr(module, "gate_proj", None), list) for module in model.modules()):
         raise ValueError("experts on disk are not saved: load the model to other devices")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("a model on the meta device has no numbers to save")
     config = model.config.to_dict() | {"architectures": [type(model).__name__]}
     dtype = "dtype" if "dtype" in config else "torch_dtype"  # transformers has used both names
     config[dtype] = str(model.dtype).removeprefix("torch.")
@@ -1720,8 +1851,10 @@ def save_pretrained(model, directory, max_shard_size="5GB", quantize=None):
     except SafetensorError as error:
         raise OSError(f"{directory}: {error}") from None
     finally:
-        for path in directory.glob(".part-*.tmp"):
-            path.unlink()
+        # Those of an earlier, killed save too: safetensors writes to .tmp and six letters first.
+        for pattern in (".part-*.tmp", ".tmp??????", "..config.*.tmp"):
+            for path in directory.glob(pattern):
+                path.unlink()
 
 def put_in_place(directory, parts, metadata):
     """Exchange an older checkpoint for the files .part-*.tmp, each step leaving one that is whole.
@@ -1750,7 +1883,7 @@ def parse_size(name, size):
     """Bytes of "5GB", "200MB", "16GiB" or a number; ValueError names the argument."""
     match = re.fullmatch(r"(\d+(?:\.\d*)?)\s*(?:([KMGT])(I?)B)?", str(size).strip().upper())
     unit = (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " ") if match else 0
-    if not match or float(match[1]) * unit < 1:
+    if not match or not 1 <= float(match[1]) * unit < math.inf:
         raise ValueError(f"{name}={size!r}: must be bytes, or like '5GB' or '200MB'")
     return int(float(match[1]) * unit)
 
@@ -1791,6 +1924,13 @@ def train_tokenizer(files, vocab_size):
     bpe, pieces = ByteLevelBPETokenizer(), (p for file in files for p in read_pieces(file))
     bpe.train_from_iterator(pieces, vocab_size, show_progress=False, special_tokens=[BOS, EOS])
     return Tokenizer.from_str(bpe.to_str())
+
+def read_tokenizer(directory):
+    """The tokenizer.json of a folder; its own errors name neither the file nor their kind."""
+    try:
+        return Tokenizer.from_file(str(Path(directory) / "tokenizer.json"))
+    except Exception as error:
+        raise ValueError(f"{Path(directory) / 'tokenizer.json'}: no tokenizer ({error})") from None
 
 def token_dtype(vocab_size):
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
@@ -1884,7 +2024,7 @@ def start_processes(options):
     """This process's rank, how many there are, and its device; one process on a CPU starts none."""
     import torch.distributed as dist
 
-    device = torch.device(options.device)
+    device = parse_device(options.device, "--device")
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:  # set by torchrun
         if device.type == "cuda":
@@ -1897,6 +2037,9 @@ def start_processes(options):
     parts = world * options.accumulate
     if options.batch % parts:
         raise ValueError(f"--batch {options.batch}: must be a multiple of {parts}, its parts")
+    if options.config is not None:
+        read = DeepseekV3Config.from_pretrained
+        check_memory(read(options.config, vocab_size=options.vocab_size))
     return rank, world, device
 
 def shard(model, device):
@@ -1911,6 +2054,15 @@ def shard(model, device):
         for part in (*model.model.layers, model):
             fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(*kinds))
     return model
+
+def check_memory(config):
+    """ValueError for a model of which embeddings and experts alone are more than the memory there is."""
+    layers = max(0, config.num_hidden_layers - config.first_k_dense_replace)
+    width = config.n_routed_experts * config.moe_intermediate_size
+    size = 4 * config.hidden_size * (2 * config.vocab_size + 3 * width * layers) / 2**30
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    if size > memory:
+        raise ValueError(f"--config: over {size:.0f} GiB of weights, of memory {memory:.0f} GiB")
 
 def prepare_data(options):
     """Make tokenizer.json and tokens.bin in options.out, once: a resumed run finds them there.
@@ -1939,6 +2091,13 @@ def prepare_data(options):
             np.array([tokenizer.token_to_id(EOS)], dtype).tofile(sink)
     beside.replace(tokens)
 
+def adamw(model, lr):
+    """The optimizer of §4.2, which lets matrices decay, and vectors not."""
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=True)
+
 class Trainer:
     """One run: model, optimizer, data, and what it writes to options.out.
 
@@ -1952,29 +2111,28 @@ class Trainer:
         if self.rank == 0:
             prepare_data(options)
         self.wait()
-        self.tokenizer = Tokenizer.from_file(str(self.out / "tokenizer.json"))
+        self.tokenizer = read_tokenizer(self.out)
         ids = dict(bos_token_id=0, eos_token_id=1, vocab_size=self.tokenizer.get_vocab_size())
         tiny, read = DeepseekV3Config.tiny, DeepseekV3Config.from_pretrained
         self.config = read(options.config, **ids) if options.config else tiny(**ids)
         windows = self.config.vocab_size, 1, options.length, options.seed
         self.corpus = Corpus(self.out / "tokens.bin", *windows)
+        if options.batch > self.corpus.windows:  # a batch holds none twice
+            raise ValueError(f"--batch {options.batch}: the text has {self.corpus.windows} windows")
         torch.manual_seed(options.seed)
         self.model = shard(DeepseekV3ForCausalLM(self.config), self.device)
         self.model.model.gradient_checkpointing = options.recompute
         if options.fp8:
             simulate_fp8(self.model)
-        parameters = list(self.model.parameters())
-        groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.1}]
-        groups += [{"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, options.lr, betas=(0.9, 0.95), fused=True)
+        self.optimizer = adamw(self.model, options.lr)
         load_state(self)
 
-    def run(self):
-        """Train to options.steps; log every step, evaluate, save states."""
+    def run(self, stop=()):
+        """Train to options.steps, or until `stop` is true; log every step, evaluate, save states."""
         options = self.options
         bar = tqdm(total=options.steps, initial=self.step, unit="step", disable=self.rank > 0)
         with bar, open(self.out / "metrics.jsonl", "a", encoding="utf-8") as log:
-            while self.step < options.steps:
+            while self.step < options.steps and not stop:
                 line = self.train_step()
                 last = self.step == options.steps
                 if last or self.step % options.eval_every == 0:
@@ -2106,10 +2264,14 @@ def train_command(options):
     """Train, write the whole model in the released layout, end with a sample and the next command."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    trainer = Trainer(options)
+    trainer, stop = Trainer(options), []
+    # Ctrl-C lets the step that is running end: a state from inside of it would be half a step.
+    before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
     try:
-        trainer.run()
-    except KeyboardInterrupt:
+        trainer.run(stop)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if trainer.step < options.steps:
         save_state(trainer)
         sys.exit(f"stopped at step {trainer.step}; the same command with --resume goes on")
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -2125,8 +2287,8 @@ def generate_command(options):
     """Continue a prompt, or answer it, with the model of a folder; with drafts, say how they did."""
     folder, prompt, steps = Path(options.directory), options.prompt, []
     prompt = chat_prompt(folder, prompt) if options.chat else prompt
+    tokenizer = read_tokenizer(folder)
     model = DeepseekV3ForCausalLM.from_pretrained(folder, device_map="auto")
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     draft = {"use_mtp": options.mtp, "num_draft_tokens": options.draft_tokens, "statistics": steps}
     how = options.max_new_tokens, options.temperature, options.seed
     stream_text(model, tokenizer, prompt, *how, echo=not options.chat, **draft)
@@ -2140,25 +2302,25 @@ def generate_command(options):
 
 def chat_prompt(directory, text):
     """The text of a user as the folder's own chat template puts it to the model."""
-    from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment  # the template is a stranger's code
 
-    settings = read_json(Path(directory) / "tokenizer_config.json")
-    file, template = Path(directory) / "chat_template.jinja", settings.get("chat_template")
-    if file.is_file():
-        template = file.read_text(encoding="utf-8")
+    file, settings = Path(directory) / "chat_template.jinja", {}
+    if (Path(directory) / "tokenizer_config.json").is_file():
+        settings = read_json(Path(directory) / "tokenizer_config.json")
+    template = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
     if isinstance(template, list):  # several by name
-        template = {each.get("name"): each.get("template") for each in template}.get("default")
+        named = [each for each in template if isinstance(each, dict)]
+        template = {str(each.get("name")): each.get("template") for each in named}.get("default")
     if not isinstance(template, str):
         raise ValueError(f"{directory}: no chat template in its tokenizer_config.json")
     tokens = {name: settings.get(name) or "" for name in ("bos_token", "eos_token")}
-    names = {n: t["content"] if isinstance(t, dict) else t for n, t in tokens.items()}
+    names = {n: t.get("content") if isinstance(t, dict) else t for n, t in tokens.items()}
     messages = [{"role": "user", "content": text}]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     try:
         chat = environment.from_string(template)
         return chat.render(messages=messages, add_generation_prompt=True, **names)
-    except TemplateError as error:
+    except Exception as error:  # a template can raise anything
         raise ValueError(f"{directory}: its chat template fails ({error})") from None
 
 def stream_text(model, tokenizer, prompt, max_new_tokens, temperature, seed, echo=True, **drafting):
@@ -2257,12 +2419,12 @@ class Parser(argparse.ArgumentParser):
         print(f"{self.prog}: {message}", file=sys.stderr)
         sys.exit(2)
 
-def at_least(least, kind=int):
-    """A number of the command line that must not be below `least`."""
+def within(least, most, kind=int):
+    """A number of the command line that must be in least..most."""
 
     def number(text):
-        if not least <= kind(text) < math.inf:
-            raise argparse.ArgumentTypeError(f"{text}: must be {least} or more")
+        if not least <= kind(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text}: must be in {least:g}..{most:g}")
         return kind(text)
 
     return number
@@ -2271,41 +2433,42 @@ def parser():
     """The command line, a sub-command for each function above."""
     main = Parser(prog="deepseek_v3.py", description="Train and run DeepSeek-V3.")
     commands = main.add_subparsers(dest="command", required=True)
+    count, part, seed = within(1, 1e9), within(0, 1, float), within(0, 1e12)
     train = commands.add_parser("train", help="train a model from scratch, on text")
     train.add_argument("--data", help="text file or folder (default: Python's standard library)")
     train.add_argument("--config", help="config.json of the model (default: the tiny one)")
     train.add_argument("--out", default="out", help="folder for checkpoint, states, metrics.jsonl")
-    train.add_argument("--steps", type=at_least(1), default=550)
-    train.add_argument("--batch", type=at_least(1), default=16, help="sequences, of all processes")
-    train.add_argument("--batch-ramp", type=float, default=0.0, help="part of a run it grows in")
-    train.add_argument("--length", type=at_least(4), default=128, help="tokens a sequence")
-    train.add_argument("--accumulate", type=at_least(1), default=1, help="parts a batch runs in")
+    train.add_argument("--steps", type=count, default=550)
+    train.add_argument("--batch", type=count, default=16, help="sequences of all processes")
+    train.add_argument("--batch-ramp", type=part, default=0.0, help="part of a run it grows in")
+    train.add_argument("--length", type=within(4, 1e9), default=128, help="tokens a sequence")
+    train.add_argument("--accumulate", type=count, default=1, help="parts a batch runs in")
     train.add_argument("--recompute", action="store_true", help="recompute layers to save memory")
     train.add_argument("--fp8", action="store_true", help="products as if in FP8, to see the loss")
-    train.add_argument("--lr", type=at_least(1e-9, float), default=4e-3, help="peak learning rate")
-    train.add_argument("--warmup", type=at_least(0, float), default=0.1, help="part it rises over")
-    train.add_argument("--gamma", type=float, default=0.002, help="step of the router bias")
+    train.add_argument("--lr", type=within(1e-9, 100, float), default=4e-3, help="learning rate")
+    train.add_argument("--warmup", type=part, default=0.1, help="part it rises over")
+    train.add_argument("--gamma", type=part, default=0.002, help="step of the router bias")
     train.add_argument("--centred", action="store_true", help="router bias steps of mean zero")
-    train.add_argument("--vocab-size", type=at_least(258), default=2048, help="of the tokenizer")
-    train.add_argument("--eval-every", type=at_least(1), default=100, help="steps")
-    train.add_argument("--save-every", type=at_least(1), default=250, help="steps between states")
-    train.add_argument("--keep", type=at_least(1), default=2, help="states to keep")
+    train.add_argument("--vocab-size", type=within(258, MOST), default=2048, help="tokens to learn")
+    train.add_argument("--eval-every", type=count, default=100, help="steps")
+    train.add_argument("--save-every", type=count, default=250, help="steps between states")
+    train.add_argument("--keep", type=count, default=2, help="states to keep")
     train.add_argument("--resume", action="store_true", help="go on from the newest state in --out")
-    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--seed", type=seed, default=0)
     train.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run = commands.add_parser("generate", help="continue a prompt")
     run.add_argument("directory", help="checkpoint folder")
     run.add_argument("prompt")
     run.add_argument("--chat", action="store_true", help="answer, by the model's chat template")
-    run.add_argument("--max-new-tokens", type=at_least(0), default=200)
-    run.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token")
-    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--max-new-tokens", type=within(0, 1e12), default=200)
+    run.add_argument("--temperature", type=within(0, 1e6, float), default=0.7, help="0: greedy")
+    run.add_argument("--seed", type=seed, default=0)
     run.add_argument("--mtp", action="store_true", help="draft with the MTP modules: fewer steps")
-    run.add_argument("--draft-tokens", type=int, help="drafted a step (default: one an MTP module)")
+    run.add_argument("--draft-tokens", type=within(1, 1000), help="a step; default: one a module")
     info = commands.add_parser("info", help="parameters, bytes and FLOPs of a model")
     info.add_argument("path", help="checkpoint folder or config.json")
-    info.add_argument("--gpus", type=at_least(1), help="show how it would lie on so many GPUs")
-    info.add_argument("--gpu-memory", type=at_least(1, float), default=80, help="GiB of each")
+    info.add_argument("--gpus", type=within(1, 1e5), help="show how it would lie on so many GPUs")
+    info.add_argument("--gpu-memory", type=within(0.1, 1e6, float), default=80, help="GiB of each")
     return main
 
 def main(arguments=None):
@@ -2315,6 +2478,9 @@ def main(arguments=None):
     options = command_line.parse_args(arguments)
     try:
         commands[options.command](options)
+    except KeyboardInterrupt:  # what was printed so far ends with its line
+        print()
+        sys.exit(130)  # as a shell reports a program that Ctrl-C ended
     except FloatingPointError as error:
         sys.exit(f"deepseek_v3.py: {error}")
     except (ValueError, OSError) as error:

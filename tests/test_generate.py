@@ -288,7 +288,7 @@ def test_a_bad_argument_is_named_with_its_value(model, name, value, do_sample):
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        (torch.zeros(1, 0, dtype=torch.long), "prompt"),
+        (torch.zeros(1, 0, dtype=torch.long), "input_ids"),
         (torch.zeros(4, dtype=torch.long), "input_ids"),
         (torch.zeros(1, 4), "input_ids"),
         (torch.tensor([[61]]), "input_ids.*61"),

@@ -275,19 +275,23 @@ def test_a_python_without_its_sources_says_so(monkeypatch, tmp_path):
         deepseek_v3.corpus_files(None, 0)
 
 
-def test_interrupting_saves_and_says_how_to_go_on(words, tmp_path, monkeypatch):
-    steps = iter(range(2))
+def test_ctrl_c_in_the_middle_of_a_step_saves_a_whole_one(words, tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    trainer(words, "--out", tmp_path / "whole").run()
+    calls = iter(range(3))
 
-    def interrupted(self, train_step=deepseek_v3.Trainer.train_step):
-        if next(steps, None) is None:
-            raise KeyboardInterrupt
-        return train_step(self)
+    def interrupted(optimizer, step=torch.optim.AdamW.step):
+        if next(calls, None) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return step(optimizer)
 
-    monkeypatch.setattr(deepseek_v3.Trainer, "train_step", interrupted)
-    with pytest.raises(SystemExit, match="stopped at step 2; the same command with --resume"):
-        deepseek_v3.main([*words, "--out", str(tmp_path), "--save-every", "100"])
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
+    with pytest.raises(SystemExit, match="stopped at step 3; the same command with --resume"):
+        deepseek_v3.main([*words, "--out", str(tmp_path / "stopped"), "--save-every", "100"])
     monkeypatch.undo()
-    assert trainer(words, "--out", tmp_path, "--resume").step == 2
+    assert signal.getsignal(signal.SIGINT) is before
+    trainer(words, "--out", tmp_path / "stopped", "--resume").run()
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
 
 
 def test_the_batch_ramp_reaches_the_full_batch(words, tmp_path):

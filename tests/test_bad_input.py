@@ -1,0 +1,349 @@
+"""Each public entry refuses what cannot work: a ValueError, or status 2 and one line, names the culprit."""
+
+import copy
+import json
+import math
+import re
+
+import pytest
+import torch
+from helpers import V3, build, tokens
+
+import deepseek_v3
+from deepseek_v3 import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DeepseekV3ForSequenceClassification,
+    DeepseekV3ForTokenClassification,
+    DeepseekV3Model,
+)
+
+IDS, D, VOCAB = tokens(2, 4), 32, 61
+HUGE = 10**400  # an integer that no float holds
+
+
+def refuses(culprit, call, *args, **options):
+    with pytest.raises(ValueError, match=re.escape(culprit)):
+        call(*args, **options)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build(eos_token_id=None)
+
+
+# ---- Config ----
+
+CONFIG = [(name, value) for name in ("rope_theta", "rms_norm_eps", "routed_scaling_factor", "mtp_loss_weight")
+          for value in (HUGE, -math.inf, math.nan, 1e300)]  # fmt: skip
+CONFIG += [(name, value) for name in ("hidden_size", "num_hidden_layers", "n_routed_experts", "vocab_size")
+           for value in (HUGE, 2**63, 2**31, math.inf)]  # fmt: skip
+CONFIG += [("num_nextn_predict_layers", 10**6), ("max_position_embeddings", 10**30), ("num_labels", 2**40)]
+CONFIG += [("eos_token_id", [1, "2"]), ("eos_token_id", [[1]]), ("eos_token_id", 2**63), ("pad_token_id", -2)]
+CONFIG += [("bos_token_id", 0.0), ("rope_parameters", "yarn"), ("rope_parameters", [1]), ("rope_parameters", 5)]
+CONFIG += [("dtype", torch.bfloat16), ("own", {1, 2}), ("own", {"a": {(1, 2): 3}})]
+YARN = [("factor", HUGE), ("factor", 1e-9), ("beta_fast", 1e-320), ("mscale_all_dim", 1e200)]
+YARN += [("original_max_position_embeddings", HUGE), ("attention_factor", math.inf)]
+
+
+@pytest.mark.parametrize(("name", "value"), CONFIG, ids=lambda x: str(x)[:20])
+def test_a_config_value_that_cannot_work_is_named(name, value):
+    refuses(name, DeepseekV3Config, **{name: value})
+
+
+@pytest.mark.parametrize(("key", "value"), YARN, ids=lambda x: str(x)[:20])
+def test_a_yarn_value_that_cannot_work_is_named(key, value):
+    refuses(key, DeepseekV3Config, rope_scaling=V3["rope_scaling"] | {key: value})
+
+
+def test_more_experts_than_can_be_built_are_refused():
+    refuses("n_routed_experts", DeepseekV3Config, num_hidden_layers=500, n_routed_experts=8000)
+
+
+def test_every_key_of_a_file_is_taken_for_a_key(tmp_path):
+    for key in ("self", "cls", "directory", "file", "given", "extra", ""):
+        (tmp_path / "config.json").write_text(json.dumps(V3 | {key: 1}))
+        assert DeepseekV3Config.from_pretrained(tmp_path).to_dict()[key] == 1
+
+
+# ---- Forward ----
+
+OTHER_CACHE = build(seed=1, kv_lora_rank=5)(tokens(2, 3), use_cache=True).past_key_values
+FORWARD = [
+    (dict(input_ids=[[1, 2]]), "input_ids: list"),
+    (dict(input_ids="text"), "input_ids: str"),
+    (dict(input_ids=IDS.numpy()), "input_ids: ndarray"),
+    (dict(input_ids=IDS.float()), "input_ids: torch.float32"),
+    (dict(input_ids=IDS.bool()), "input_ids: torch.bool"),
+    (dict(input_ids=IDS.to(torch.int16)), "input_ids: torch.int16"),
+    (dict(input_ids=IDS[0]), "input_ids: torch.int64 of shape (4,)"),
+    (dict(input_ids=IDS[None]), "input_ids: torch.int64 of shape (1, 2, 4)"),
+    (dict(input_ids=IDS[:0]), "input_ids: torch.int64 of shape (0, 4)"),
+    (dict(input_ids=IDS[:, :0]), "input_ids: torch.int64 of shape (2, 0)"),
+    (dict(input_ids=IDS + 2**62), "input_ids hold"),
+    (dict(input_ids=IDS - 100), "input_ids hold -"),
+    (dict(input_ids=None, inputs_embeds=torch.zeros(2, 4, D - 1)), "inputs_embeds"),
+    (dict(input_ids=None, inputs_embeds=torch.zeros(2, D)), "inputs_embeds"),
+    (dict(input_ids=None, inputs_embeds=torch.zeros(2, 4, D).long()), "inputs_embeds"),
+    (dict(input_ids=None, inputs_embeds=torch.zeros(2, 0, D)), "inputs_embeds"),
+    (dict(input_ids=None, inputs_embeds=[[[0.0] * D]]), "inputs_embeds: list"),
+    (dict(attention_mask=[[1] * 4] * 2), "attention_mask: list"),
+    (dict(attention_mask=torch.ones(2, 1, 4, 4)), "attention_mask of shape (2, 1, 4, 4)"),
+    (dict(attention_mask=torch.ones(4)), "attention_mask of shape (4,)"),
+    (dict(attention_mask=torch.tensor([[0, 0, 0, -math.inf]] * 2)), "attention_mask"),
+    (dict(attention_mask=torch.full((2, 4), math.nan)), "attention_mask"),
+    (dict(attention_mask=torch.full((2, 4), 2)), "attention_mask"),
+    (dict(position_ids=[0, 1, 2, 3]), "position_ids: list"),
+    (dict(position_ids=torch.arange(4)), "position_ids of shape (4,)"),
+    (dict(past_key_values=()), "past_key_values: tuple"),
+    (dict(past_key_values=[(IDS, IDS)]), "past_key_values: list"),
+    (dict(past_key_values=OTHER_CACHE), "past_key_values"),
+    (dict(logits_to_keep=-1), "logits_to_keep=-1"),
+    (dict(logits_to_keep=1.5), "logits_to_keep=1.5"),
+    (dict(labels=[[1] * 4] * 2), "labels: list"),
+    (dict(labels=IDS[:, 1:]), "labels: torch.int64 of shape (2, 3)"),
+    (dict(labels=IDS.float()), "labels: torch.float32"),
+    (dict(labels=IDS + VOCAB), "labels hold"),
+    (dict(labels=IDS * 0 - 99), "labels hold -99"),
+    (dict(labels=IDS, logits_to_keep=1), "labels"),
+]
+
+
+@pytest.mark.parametrize(("given", "culprit"), FORWARD, ids=[culprit for _, culprit in FORWARD])
+def test_an_input_that_cannot_work_is_named(model, given, culprit):
+    refuses(culprit, model, **{"input_ids": IDS} | given)
+
+
+def test_a_cache_of_other_rows_is_refused_and_still_works(model):
+    cache = model(IDS, use_cache=True).past_key_values
+    before = copy.deepcopy(cache)
+    refuses("past_key_values", model, IDS[:1], past_key_values=cache)
+    refuses("attention_mask", model, IDS, torch.ones(2, 4), past_key_values=cache)
+    assert torch.equal(model(IDS, past_key_values=cache).logits, model(IDS, past_key_values=before).logits)
+
+
+HEADS = [DeepseekV3ForSequenceClassification, DeepseekV3ForTokenClassification]
+LABELS = [[0, 1], IDS[0], torch.full((2,), 3), torch.full((2, 4), 3), torch.full((2,), -1)]
+LABELS += [torch.zeros(2, 2), torch.zeros(2, 4), torch.zeros(2, 4, 3)]
+CLASSES = [(cls, 3, labels) for cls in HEADS for labels in LABELS]
+CLASSES += [(HEADS[1], 1, labels) for labels in LABELS]
+CLASSES += [(HEADS[0], 1, labels) for labels in LABELS if len(labels) != 2 or len(torch.as_tensor(labels).shape) > 1]
+
+
+@pytest.mark.parametrize(("cls", "num_labels", "labels"), CLASSES, ids=lambda x: str(x)[-40:])
+def test_class_labels_that_cannot_work_are_named(cls, num_labels, labels):
+    refuses("labels", build(cls, num_labels=num_labels), IDS, labels=labels)
+
+
+# ---- Generation ----
+
+GENERATE = [("max_new_tokens", value) for value in (2.5, "3", None, True, math.nan, -1)]
+GENERATE += [("temperature", value) for value in ("1", None, math.inf, math.nan, 0)]
+GENERATE += [("top_k", 2.5), ("top_k", "3"), ("top_p", "0.5"), ("top_p", None), ("min_p", "0"), ("min_p", math.nan)]
+GENERATE += [("eos_token_id", value) for value in ("</s>", 1.0, [1, "2"], [None], [[1]])]
+GENERATE += [("num_draft_tokens", value) for value in (1.5, "2", 0, -1)]
+GENERATE += [("generator", 7), ("streamer", 7), ("streamer", "print")]
+
+
+@pytest.mark.parametrize(("name", "value"), GENERATE, ids=str)
+def test_an_argument_of_generate_that_cannot_work_is_named(model, name, value):
+    refuses(name, model.generate, IDS, use_mtp=True, **{name: value})
+
+
+@pytest.mark.parametrize("ids", [[1, 2], "text", None, IDS[0], IDS[:0], IDS[:, :0], IDS.float(), IDS + VOCAB], ids=str)
+def test_a_prompt_that_cannot_work_is_named(model, ids):
+    refuses("input_ids", model.generate, ids)
+
+
+@pytest.mark.parametrize("use_mtp", [False, True])
+def test_a_prompt_of_short_integers_is_one_too(model, use_mtp):
+    found = model.generate(IDS.int(), max_new_tokens=6, use_mtp=use_mtp)
+    assert torch.equal(found, model.generate(IDS, max_new_tokens=6))
+
+
+def test_a_broken_model_is_not_sampled_from():
+    model = build()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(math.nan)
+    refuses("logits", model.generate, IDS, do_sample=True)
+
+
+def test_a_bound_that_is_never_reached_takes_no_memory(model):
+    def streamer(token):
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        model.generate(IDS, max_new_tokens=10**15, streamer=streamer)
+
+
+# ---- Loading and saving ----
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("good")
+    build(eos_token_id=None).save_pretrained(path)
+    return path
+
+
+LOAD = [("num_hidden_layers", value) for value in ("2", 2.0, True, 0, HUGE)]
+LOAD += [("dtype", value) for value in ("auto", 16, torch.float16, torch.int8)]
+LOAD += [("device_map", value) for value in ("nowhere", 99, -1, 1.5, [], "cuda:99", {"": "nowhere"}, {}, {5: "cpu"})]
+LOAD += [("device_map", {"model.layers.9": "cpu"}), ("device_map", "mps"), ("device_map", "disk:1")]
+LOAD += [("max_memory", value) for value in ({0: "many"}, {"cpu": None}, {"cpu": HUGE}, {"cpu": -1}, ["cpu"], "8GB")]
+LOAD += [("hidden_size", "32"), ("torch_dtype", torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("name", "value"), LOAD, ids=lambda x: str(x)[:20])
+def test_an_argument_of_from_pretrained_that_cannot_work_is_named(folder, name, value):
+    options = {"device_map": "auto"} if name == "max_memory" else {}
+    refuses(name, DeepseekV3ForCausalLM.from_pretrained, folder, **options | {name: value})
+
+
+@pytest.mark.parametrize("directory", [None, 5, b"folder", ["folder"], ""], ids=str)
+def test_what_is_no_folder_is_named(directory):
+    for cls in (DeepseekV3ForCausalLM, DeepseekV3Config, DeepseekV3Model):
+        refuses("directory", cls.from_pretrained, directory)
+    refuses("directory", build().save_pretrained, directory)
+    refuses("directory", build().config.save_pretrained, directory)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "x" * 5000, "nul\0", "config.json/deeper", "../nowhere"])
+def test_a_folder_that_is_not_there_is_named(folder, name):
+    for cls in (DeepseekV3ForCausalLM, DeepseekV3Config):
+        with pytest.raises(FileNotFoundError, match=re.escape(name)):
+            cls.from_pretrained(folder / name)
+
+
+SAVE = [("max_shard_size", value) for value in (HUGE, "9" * 400 + "GB", math.nan, [5], "5 apples")]
+SAVE += [("quantize", value) for value in ("int8", True, ["fp8"], torch.float8_e4m3fn)]
+
+
+@pytest.mark.parametrize(("name", "value"), SAVE, ids=lambda x: str(x)[:20])
+def test_an_argument_of_save_pretrained_that_cannot_work_is_named(tmp_path, name, value):
+    refuses(name, build().save_pretrained, tmp_path / "new", **{name: value})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_what_fp8_cannot_hold_is_named_and_the_older_checkpoint_stays(tmp_path, number):
+    older, model = build(seed=1), build(seed=2)
+    older.save_pretrained(tmp_path)
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.up_proj[3, 0, 0] = number
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    refuses(name, model.save_pretrained, tmp_path, quantize="fp8")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert torch.equal(DeepseekV3ForCausalLM.from_pretrained(tmp_path)(IDS).logits, older(IDS).logits)
+
+
+def test_a_model_without_numbers_is_not_saved(tmp_path):
+    refuses("meta", build().to("meta").save_pretrained, tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("config", [dict(num_hidden_layers=900), dict(n_routed_experts=9000), dict(num_hidden_layers=4)])
+def test_layers_and_experts_that_are_not_there_are_not_built(tmp_path, config, monkeypatch):
+    build(num_nextn_predict_layers=0, n_group=1, topk_group=1).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(content | config))
+    refuses("missing", DeepseekV3ForCausalLM.from_pretrained, tmp_path)
+
+
+# ---- Commands ----
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Files that the commands below are pointed at."""
+    root = tmp_path_factory.mktemp("commands")
+    (root / "text").mkdir()
+    (root / "text/a.txt").write_text("some text, some more text\n" * 400)
+    (root / "empty").mkdir()
+    (root / "broken.json").write_text("{")
+    (root / "odd.json").write_text(json.dumps({"hidden_size": "wide"}))
+    (root / "huge.json").write_text(json.dumps(V3 | {"num_hidden_layers": 10**9}))
+    (root / "v3.json").write_text(json.dumps(V3 | {"hidden_size": 700_000}))
+    build().save_pretrained(root / "no_tokenizer")
+    build().save_pretrained(root / "odd_tokenizer")
+    (root / "odd_tokenizer/tokenizer.json").write_text('{"model": 5}')
+    tokenizer = deepseek_v3.train_tokenizer([root / "text/a.txt"], 258)
+    build(vocab_size=258).save_pretrained(root / "model")
+    tokenizer.save(str(root / "model/tokenizer.json"))
+    return root
+
+
+COMMANDS = [
+    ("", "required"),
+    ("fly", "fly"),
+    ("generate", "directory"),
+    ("generate nowhere hi", "nowhere"),
+    ("generate {root}/broken.json hi", "broken.json"),
+    ("generate {root}/empty hi", "empty"),
+    ("generate {root}/no_tokenizer hi", "tokenizer.json"),
+    ("generate {root}/odd_tokenizer hi", "tokenizer.json"),
+    ("generate {root}/model hi --max-new-tokens -1", "--max-new-tokens: -1"),
+    ("generate {root}/model hi --max-new-tokens many", "--max-new-tokens"),
+    ("generate {root}/model hi --temperature nan", "--temperature: nan"),
+    ("generate {root}/model hi --temperature -1", "--temperature: -1"),
+    ("generate {root}/model hi --temperature inf", "--temperature: inf"),
+    ("generate {root}/model hi --seed 1" + "0" * 30, "--seed"),
+    ("generate {root}/model hi --seed -1", "--seed: -1"),
+    ("generate {root}/model hi --draft-tokens 0 --mtp", "draft"),
+    ("generate {root}/model hi --draft-tokens 2", "draft"),
+    ("generate {root}/model hi --chat", "chat template"),
+    ("info nowhere", "nowhere"),
+    ("info {root}/broken.json", "broken.json"),
+    ("info {root}/odd.json", "hidden_size='wide'"),
+    ("info {root}/huge.json", "num_hidden_layers"),
+    ("info {root}/model --gpus 0", "--gpus: 0"),
+    ("info {root}/model --gpus -1", "--gpus: -1"),
+    ("info {root}/model --gpus 1000000000", "--gpus"),
+    ("info {root}/model --gpus 2 --gpu-memory nan", "--gpu-memory: nan"),
+    ("info {root}/model --gpus 2 --gpu-memory inf", "--gpu-memory: inf"),
+    ("info {root}/model --gpus 2 --gpu-memory 0", "--gpu-memory: 0"),
+    ("train --data {root}/empty", "empty"),
+    ("train --data nowhere", "nowhere"),
+    ("train --steps 0", "--steps: 0"),
+    ("train --steps many", "--steps"),
+    ("train --length 3", "--length: 3"),
+    ("train --batch 1000000000000", "--batch"),
+    ("train --warmup nan", "--warmup: nan"),
+    ("train --warmup -1", "--warmup: -1"),
+    ("train --gamma nan", "--gamma: nan"),
+    ("train --gamma -1", "--gamma: -1"),
+    ("train --batch-ramp nan", "--batch-ramp: nan"),
+    ("train --lr inf", "--lr: inf"),
+    ("train --vocab-size 1" + "0" * 30, "--vocab-size"),
+    ("train --seed 1" + "0" * 30, "--seed"),
+    ("train --keep 0", "--keep: 0"),
+    ("train --device nowhere", "--device"),
+    ("train --device cuda:99", "--device"),
+    ("train --device disk", "--device"),
+    ("train --config {root}/broken.json", "broken.json"),
+    ("train --config {root}/odd.json", "hidden_size='wide'"),
+    ("train --config {root}/huge.json", "num_hidden_layers"),
+    ("train --config nowhere.json", "nowhere.json"),
+]
+
+
+@pytest.mark.parametrize(("words", "culprit"), COMMANDS, ids=[words or "nothing" for words, _ in COMMANDS])
+def test_a_command_that_cannot_work_says_so_in_one_line(places, tmp_path, capsys, monkeypatch, words, culprit):
+    monkeypatch.chdir(tmp_path)
+    words = words.format(root=places).split()
+    if words[:1] == ["train"] and "--data" not in words:
+        words += ["--data", str(places / "text")]
+    before = sorted(places.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        deepseek_v3.main(words)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and culprit in error, error
+    assert len(error.splitlines()) == 1, error
+    assert not list(tmp_path.iterdir()) and sorted(places.rglob("*")) == before
+
+
+def test_a_model_too_large_to_train_is_not_begun(places, tmp_path, capsys):
+    words = ["train", "--config", places / "v3.json", "--data", places / "text", "--out", tmp_path]
+    with pytest.raises(SystemExit) as stop:
+        deepseek_v3.main([*map(str, words), "--length", "8", "--batch", "2", "--vocab-size", "258"])
+    assert stop.value.code == 2 and "GiB" in capsys.readouterr().err.splitlines()[-1]

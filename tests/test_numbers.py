@@ -1,0 +1,172 @@
+"""Numbers at the edges: bfloat16 and outliers, nothing to see or to choose, long and many inputs."""
+
+import copy
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import build, router_biases, tokens
+
+import deepseek_v3
+from deepseek_v3 import DeepseekV3ForCausalLM
+
+HERE = Path(__file__).parent
+
+
+# ---- Precision ----
+
+
+def with_outliers(model, factor, seed):
+    """One weight in 500 of each matrix is `factor` times as large, as in trained models."""
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                large = torch.rand(parameter.shape, generator=random) < 1 / 500
+                parameter.mul_(torch.where(large, factor, 1.0).to(parameter.dtype))
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("factor", [1, 10, 100])
+def test_bfloat16_stays_close_to_float32(factor):
+    """Half of all tokens within 2 % of the logits' norm, nine in ten within 5 %; few change an expert."""
+    errors, moved = [], []
+    for seed in range(8):
+        model = with_outliers(build(seed=seed, dtype=torch.bfloat16, initializer_range=0.1), factor, seed)
+        exact, ids = copy.deepcopy(model).float(), tokens(4, 16, seed=seed)
+        rough, fine = model(ids, output_routing=True), exact(ids, output_routing=True)
+        assert rough.logits.dtype == torch.bfloat16 and rough.logits.isfinite().all()
+        errors.append((rough.logits - fine.logits).norm(dim=-1) / fine.logits.norm(dim=-1))
+        for one, two in zip(rough.routing, fine.routing, strict=True):
+            moved.append((one.indices.sort().values != two.indices.sort().values).any(-1))
+    errors = torch.stack(errors).flatten()
+    assert errors.median() < 0.02 and errors.quantile(0.9) < 0.05
+    assert torch.stack(moved).float().mean() < 0.05
+
+
+# ---- Nothing to see, nothing to choose ----
+
+
+def all_finite(out, model):
+    gradients = [parameter.grad for parameter in model.parameters()]
+    assert out.loss.isfinite() and out.logits.isfinite().all()
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+
+
+def labelled(model, ids, mask=None):
+    labels = ids if mask is None else ids.masked_fill(mask == 0, -100)
+    out = model(ids, mask, labels=labels, output_routing=True)
+    out.loss.backward()
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mask", [[[0] * 6, [1] * 6], [[0] * 6] * 2, [[0, 0, 0, 0, 0, 1], [1, 0, 0, 0, 0, 0]]], ids=str)
+def test_rows_without_a_token_give_no_nan(dtype, mask):
+    model, ids = build(dtype=dtype).train(), tokens(2, 6)
+    all_finite(labelled(model, ids, torch.tensor(mask)), model)
+    out = model.generate(ids, attention_mask=torch.tensor(mask), max_new_tokens=3, use_mtp=True, eos_token_id=-1)
+    assert out.shape == (2, 9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scores_that_underflow_give_no_nan(dtype):
+    model = build(dtype=dtype).train()
+    with torch.no_grad():
+        for block in model.model.layers[1:]:
+            block.mlp.gate.weight.copy_(-1e4 * torch.ones_like(block.mlp.gate.weight))
+    out = labelled(model, tokens(2, 12))
+    assert any((routing.scores.sum(-1) == 0).any() for routing in out.routing)
+    all_finite(out, model)
+    model.update_router_bias(0.01)
+    assert all(bias.isfinite().all() for bias in router_biases(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_prompt_of_one_token_trains_and_generates(dtype):
+    model, ids = build(dtype=dtype, num_nextn_predict_layers=2).train(), tokens(3, 1)
+    out = model(ids, labels=ids)  # there is nothing to predict
+    out.loss.backward()
+    assert out.main_loss == 0 and out.mtp_logits is None
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert model.generate(ids, max_new_tokens=4, use_mtp=True, eos_token_id=-1).shape == (3, 5)
+
+
+def test_experts_that_nobody_chose_have_zero_gradients_and_not_none():
+    model = build().train()
+    for bias in router_biases(model):
+        bias[[0, 5, 11]] = -100
+    all_finite(labelled(model, tokens(2, 16)), model)
+    for block in model.model.layers[1:]:
+        for weight in block.mlp.experts.parameters():
+            busy = weight.grad.flatten(1).abs().sum(-1) > 0
+            assert not busy[[0, 5, 11]].any() and busy.any()
+
+
+# ---- Too long, long, many ----
+
+
+def long_warnings(call):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(warning.message) for warning in caught]
+
+
+def test_positions_past_the_limit_warn_once_a_model():
+    model = build(max_position_embeddings=8, num_nextn_predict_layers=0)
+    assert not long_warnings(lambda: model(tokens(1, 8)))
+    (message,) = long_warnings(lambda: model(tokens(1, 11)))
+    assert "11 positions" in message and "max_position_embeddings=8" in message
+    assert not long_warnings(lambda: model(tokens(1, 12)))
+
+
+def test_positions_past_the_limit_are_counted_through_the_cache():
+    model = build(max_position_embeddings=8)
+    (message,) = long_warnings(lambda: model.generate(tokens(2, 5), max_new_tokens=9, eos_token_id=-1))
+    assert "9 positions" in message
+
+
+def test_the_limit_is_checked_without_asking_a_device():
+    """Tensors without numbers would fail, were a length or a position read off them."""
+    model = build(max_position_embeddings=8, first_k_dense_replace=9).to("meta")
+    (message,) = long_warnings(lambda: model(tokens(1, 9).to("meta")))
+    assert "9 positions" in message
+
+
+PEAKS = """
+import json, resource, sys, torch
+sys.path[:0] = sys.argv[1:]
+from helpers import build, tokens
+torch.set_num_threads(1)
+small = dict(num_hidden_layers=1, first_k_dense_replace=0, num_attention_heads=2, max_position_embeddings=10**5)
+model = build(**small, num_nextn_predict_layers=1, hidden_size=32, n_routed_experts=4, n_group=1, topk_group=1)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+model.generate(tokens(2, 9), max_new_tokens=3)
+before, peaks = peak(), {}
+with torch.no_grad():
+    mask = torch.ones(64, 512, dtype=torch.long)
+    mask[0, :100] = 0
+    model.generate(tokens(64, 512), mask, max_new_tokens=8, use_mtp=True)
+    peaks["64 rows of 512"] = peak() - before
+    cache = model(tokens(1, 32_768), use_cache=True, logits_to_keep=1).past_key_values
+    peaks["32k at once"] = peak() - before
+    for new in (1, 8, 500):
+        model(tokens(1, new), past_key_values=cache, logits_to_keep=1)
+    peaks["chunks behind 32k"] = peak() - before
+print(json.dumps(peaks))
+"""
+
+
+def test_many_rows_and_long_contexts_take_bounded_memory():
+    """A matrix of 32k x 32k for two heads would be 8 GiB, one of booleans for all heads 1 GiB."""
+    command = [sys.executable, "-c", PEAKS, str(HERE), str(HERE.parent)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    peaks = json.loads(run.stdout)
+    assert max(peaks.values()) < 600, f"MiB: {peaks}"
