@@ -223,6 +223,12 @@ SHAPES = {
 }
 
 
+@pytest.mark.parametrize(("shared", "width"), [(None, None), (0, None), (1, 16), (2, 32)])
+def test_shared_experts_are_one_that_is_as_wide_as_all(shared, width):
+    found = moe(n_shared_experts=shared).shared_experts
+    assert (found and found.up_proj.weight.shape) == (width and (width, 32))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_experts_are_a_loop_over_tokens_gradients_too(shape, dtype):
@@ -318,6 +324,51 @@ def test_gamma_scales_the_step_and_zero_only_measures():
     assert by_gamma[0.0][1] == by_gamma[0.1][1]
 
 
+def test_the_report_moves_by_a_thousandth_and_not_centred():
+    """γ = 0.001 of §4.2 is what a call without arguments takes."""
+    asked, default = build().train(), build().train()
+    for model in (asked, default):
+        model(tokens(2, 9))
+    asked.update_router_bias(0.001, centred=False)
+    default.update_router_bias()
+    assert torch.equal(torch.stack(router_biases(asked)), torch.stack(router_biases(default)))
+
+
+def test_the_violation_of_a_load_below_one_visit_an_expert():
+    """One token: 4 of 12 experts are visited once, three times their mean of 1/3."""
+    violations = train_step(build(num_nextn_predict_layers=0), (tokens(1, 1), None))[1]
+    assert violations == pytest.approx([2.0] * MOE_LAYERS)
+
+
+def test_loads_are_counted_for_real_and_not_saved():
+    """Built on `meta` for loading, a model must count all the same; a checkpoint has no loads."""
+    with torch.device("meta"):
+        model = DeepseekV3Model(build().config)
+    for layer in model.layers[1:]:
+        assert layer.mlp.gate.load.device.type == "cpu"
+        assert (layer.mlp.gate.load.dtype, layer.mlp.gate.load.sum()) == (torch.int64, 0)
+    assert not any("load" in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize("T", [2, 4])
+def test_padding_behind_a_cache_is_no_load(T):
+    """The mask covers the cached tokens too; only the new ones are counted."""
+    model = build(num_nextn_predict_layers=0).train()
+    cache = model(tokens(2, 3), use_cache=True).past_key_values
+    model.update_router_bias(0.0)
+    mask = torch.ones(2, 3 + T, dtype=torch.long)
+    mask[0, 2], mask[1, 3] = 0, 0
+    out = model(tokens(2, T, seed=2), mask, past_key_values=cache, output_routing=True)
+    counts = torch.zeros(MOE_LAYERS, E)
+    for layer, decision in enumerate(out.routing):
+        for e in decision.indices[mask[:, 3:].bool()].flatten().tolist():
+            counts[layer, e] += 1
+    expected = sum(balance_by_hand(r, mask[:, 3:]) for r in out.routing)
+    assert out.balance_loss.item() == pytest.approx(expected, rel=1e-5)
+    found = model.update_router_bias(0.0)
+    assert found == pytest.approx((counts.amax(-1) / counts.mean(-1) - 1).tolist())
+
+
 def test_loads_are_forgotten_after_the_update():
     model = build()
     train_step(model, (tokens(2, 9), None))
@@ -375,6 +426,18 @@ def test_checkpointing_has_the_same_gradients():
         found.append([loss, *(parameter.grad for parameter in model.parameters())])
     for plain, recomputed in zip(*found, strict=True):
         close(recomputed, plain, 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("asked", "training", "runs"), [(False, True, 1), (True, True, 2), (True, False, 1)]
+)
+def test_layers_are_recomputed_where_asked_for_only(asked, training, runs):
+    model, seen = build().train(training), []
+    assert model.model.gradient_checkpointing is False
+    model.model.gradient_checkpointing = asked
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: seen.append(1))
+    model(tokens(1, 4)).logits.sum().backward()
+    assert len(seen) == runs
 
 
 def test_checkpointing_counts_once():
@@ -468,7 +531,7 @@ def balance_by_hand(routing, mask):
 def test_the_balance_loss_is_what_the_report_says(side):
     ids, mask = tokens(3, 9), None
     if side:
-        ids, mask = pad([tokens(9), tokens(5, seed=2), tokens(2, seed=3)], side)
+        ids, mask = pad([tokens(9), tokens(5, seed=2), tokens(1, seed=3)], side)
     model = build(num_nextn_predict_layers=0).train()
     out = model(ids, mask, output_routing=True)
     real = torch.ones_like(ids) if mask is None else mask
