@@ -6,7 +6,8 @@ import pytest
 import torch
 from helpers import SHORT_YARN, build, pad, tiny, tokens
 
-from deepseek_v3 import MLA, DeepseekV3Model, LatentCache, apply_rope, trace
+from deepseek_v3 import MLA, DeepseekV3Model, LatentCache, apply_rope, attention_pattern
+from deepseek_v3 import key_mask, trace
 
 LAYERS, C, R, H, E, K = 3, 11, 8, 3, 12, 4  # of the small model
 
@@ -306,6 +307,16 @@ def test_a_cropped_cache_keeps_its_padding(model):
 
 
 # ---- What a query may see ----
+
+
+def test_without_padding_there_is_no_pattern():
+    """Plain causal attention, or one query that sees all, is faster without a matrix."""
+    assert attention_pattern(None, 5, 5, "cpu") is None
+    assert attention_pattern(None, 1, 5, "cpu") is None
+    assert attention_pattern(None, 2, 4, "cpu").int().tolist() == [[[[1, 1, 1, 0], [1, 1, 1, 1]]]]
+    assert key_mask(torch.ones(2, 6), None, 2, 6) is None
+    assert key_mask(torch.ones(2, 2), None, 2, 2) is None
+    assert key_mask(torch.ones(2, 1), None, 2, 1).dtype == torch.bool  # asking would cost more
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -90,7 +90,8 @@ def test_the_tiny_preset_has_every_mechanism():
     assert config.q_lora_rank
     assert config.num_nextn_predict_layers
     assert 0 < config.first_k_dense_replace < config.num_hidden_layers
-    assert config.topk_group < config.n_group and config.num_experts_per_tok == 4
+    assert (config.n_routed_experts, config.n_group, config.topk_group) == (16, 4, 2)
+    assert config.num_experts_per_tok == 4
     assert config.max_position_embeddings == 4096
     assert config.rope_scaling is None
 

@@ -10,7 +10,8 @@ from checkpoints import INDEX, RAGGED, ragged, read, released_layout, write
 from helpers import FP8, V31, router_biases, tiny, tokens
 from torch.distributed.checkpoint.quantized_hf_storage import QuantizedHuggingFaceStorageReader
 
-from deepseek_v3 import DeepseekV3ForCausalLM, Linear, blocks_of, dequantise, quantise, released_in_fp8
+from deepseek_v3 import DeepseekV3ForCausalLM, Linear, blocks_of, dequantise, grouped_linear
+from deepseek_v3 import quantise, released_in_fp8
 
 E4M3 = torch.float8_e4m3fn
 # One block, the released 576 rows, what transformers mis-scales, one more and one less than a block.
@@ -100,6 +101,16 @@ def test_a_layer_in_fp8_answers_in_the_dtype_of_its_input(dtype, bias):
     full = dequantise(codes, scale, dtype)
     assert full.dtype == layer(x).dtype == dtype
     assert torch.equal(layer(x), torch.nn.functional.linear(x, full, layer.bias))
+
+
+def test_each_expert_in_fp8_has_its_own_scales():
+    weights = [quantise(random(130, 140, seed=e) * 10**e) for e in range(3)]
+    codes, scales = (torch.stack(parts) for parts in zip(*weights, strict=True))
+    x, ends = random(5, 140), torch.tensor([2, 2, 5], dtype=torch.int32)  # nobody visits the second
+    found = grouped_linear(x, codes, ends, scales)
+    for rows, e in ((slice(0, 2), 0), (slice(2, 5), 2)):
+        full = dequantise(codes[e], scales[e], torch.float32)
+        torch.testing.assert_close(found[rows], x[rows] @ full.T)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from deepseek_v3 import (
     DeepseekV3ForCausalLM,
     DeepseekV3ForSequenceClassification,
     DeepseekV3ForTokenClassification,
+    DeepseekV3Model,
 )
 
 ROWS = [tokens(7), tokens(4, seed=2), tokens(1, seed=3)]
@@ -165,6 +166,12 @@ def test_a_new_model_is_drawn_as_the_config_says(cls):
             assert (tensor == (0.0 if name.endswith("bias") else 1.0)).all(), name
     assert any(name.endswith("o_proj.bias") for name, _ in model.named_parameters())
     assert ("score.bias" in dict(model.named_parameters())) == (cls is HEADS[1])
+
+
+@pytest.mark.parametrize("cls", [*HEADS, DeepseekV3Model])
+def test_nothing_is_shown_unasked(cls):
+    shown = {name for name, value in vars(build(cls)(tokens(1, 3))).items() if value is not None}
+    assert shown - {"logits"} == {"last_hidden_state"}
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import build, pad, router_biases, tokens
 
-from deepseek_v3 import DeepseekV3Model, trace
+from deepseek_v3 import DeepseekV3Model, grouped_linear, trace
 
 E, G, K, SCALING = 12, 3, 4, 2.5  # of the small model; its tokens may visit 2 of 3 groups
 MOE_LAYERS = 2
@@ -266,6 +266,40 @@ def test_an_expert_that_nobody_chose_has_a_zero_gradient(width):
     for weight in layer.experts.parameters():
         busy = weight.grad.flatten(1).abs().sum(-1) > 0
         assert busy.tolist() == [False] + [True] * (E - 2) + [False]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "rows", "training", "grouped"),
+    [
+        (torch.float32, 16, 4, False, True),  # as many rows as experts
+        (torch.float32, 16, 3, False, False),  # decoding on a CPU
+        (torch.float32, 16, 3, True, True),
+        (torch.float32, 4, 4, False, True),  # 16 bytes
+        (torch.float32, 6, 4, False, False),
+        (torch.bfloat16, 8, 4, False, True),
+        (torch.bfloat16, 4, 4, True, False),
+        (torch.float64, 16, 4, True, False),
+        (torch.float8_e4m3fn, 16, 4, False, False),
+    ],
+    ids=str,
+)
+def test_the_grouped_kernel_runs_where_it_can_and_pays(
+    monkeypatch, dtype, width, rows, training, grouped
+):
+    """Both ways give the same, in other times: so the calls are counted."""
+    calls, kernel = [], torch.nn.functional.grouped_mm
+    monkeypatch.setattr(
+        torch.nn.functional, "grouped_mm", lambda *a, **k: (calls.append(1), kernel(*a, **k))[1]
+    )
+    of_rows = torch.float32 if dtype.itemsize == 1 else dtype
+    x = torch.ones(rows, 16, dtype=of_rows, requires_grad=training)
+    weight = torch.randn(4, width, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    ends = torch.tensor([1, 1, rows - 1, rows], dtype=torch.int32)
+    scales = torch.ones(4, 1, 1) if dtype.itemsize == 1 else None
+    out = grouped_linear(x, weight, ends, scales)
+    assert len(calls) == grouped
+    for row, expert in enumerate([0, *[2] * (rows - 2), 3]):
+        close(out[row], weight[expert].to(of_rows).sum(-1), 0.05 if of_rows == torch.bfloat16 else 1e-5)
 
 
 def test_a_single_token_visits_its_experts():

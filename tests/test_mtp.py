@@ -114,6 +114,13 @@ def test_embedding_and_head_are_shared(model):
         assert block.eh_proj.weight.shape == (D, 2 * D)
 
 
+def test_modules_are_numbered_behind_the_layers(model):
+    """Their number is the key of their latents in a cache, and never that of a dense layer."""
+    assert [block.self_attn.layer_idx for block in model.model.layers] == list(range(L + DEPTHS))
+    behind_dense = fresh(first_k_dense_replace=L)
+    assert all(hasattr(block.mlp, "gate") for block in behind_dense.mtp_blocks)
+
+
 @torch.no_grad()
 def test_the_shared_head_is_the_main_one():
     model, ids = fresh(), tokens(2, 8)

@@ -241,6 +241,8 @@ M, M2 = 1.3688879454, 1.2608037774  # 0.1 m ln 40 + 1 for m = 1 (V3) and m = 0.7
         (0.707, 0.707, 1.5896261652, 1.0),  # V2
         (1.0, 0.707, M2**2, M / M2),
         (0.707, 1.0, M**2, M2 / M),
+        (None, 0.707, M2**2, M),  # with one of them only, cos and sin take 0.1 ln 40 + 1
+        (0.707, None, 1.0, M),
     ],
 )
 def test_the_softmax_takes_mscale_all_dim_and_cos_and_sin_the_ratio(
