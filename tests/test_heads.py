@@ -174,6 +174,22 @@ def test_nothing_is_shown_unasked(cls):
     assert shown - {"logits"} == {"last_hidden_state"}
 
 
+@pytest.mark.parametrize("cls", [*HEADS, DeepseekV3ForCausalLM])
+@pytest.mark.parametrize("compressed", [17, None])
+def test_biases_and_epsilons_are_where_the_config_puts_them(cls, compressed):
+    """attention_bias on the projections that see the hidden state; latent norms keep 1e-6."""
+    for bias in (False, True):
+        config = tiny(attention_bias=bias, rms_norm_eps=0.01, q_lora_rank=compressed)
+        for name, module in cls(config).named_modules():
+            kind = name.split(".")[-1]
+            if isinstance(module, torch.nn.RMSNorm):
+                assert module.eps == (1e-6 if kind.endswith("a_layernorm") else 0.01), name
+            elif kind in ("q_a_proj", "kv_a_proj_with_mqa", "o_proj"):
+                assert (module.bias is not None) == bias, name
+            elif isinstance(module, torch.nn.Linear) and kind != "score":
+                assert module.bias is None, name
+
+
 @torch.no_grad()
 def test_a_sequence_is_read_behind_a_cache_too():
     model = classifier()

@@ -171,6 +171,11 @@ def test_casting_the_model_keeps_every_bit_of_the_bias(cast):
         assert torch.equal(old, new)
 
 
+def test_the_bias_goes_where_the_model_goes():
+    model = build().to("meta", torch.bfloat16)
+    assert {(b.device.type, b.dtype) for b in router_biases(model)} == {("meta", torch.float32)}
+
+
 def test_the_bias_is_saved_and_not_trained():
     model = build()
     named = [name for name, _ in model.named_parameters()]
