@@ -6,7 +6,8 @@ import pytest
 import torch
 from helpers import SHORT_YARN, build, pad, tiny, tokens
 
-from deepseek_v3 import MLA, DeepseekV3Model, apply_rope, trace
+from deepseek_v3 import MLA, DeepseekV3Model, LatentCache, apply_rope, attention_pattern
+from deepseek_v3 import key_mask, trace
 
 LAYERS, C, R, H, E, K = 3, 11, 8, 3, 12, 4  # of the small model
 
@@ -96,6 +97,14 @@ def test_a_long_prompt_does_not_change_how_its_start_is_read(model):
     close(logits(model, ids)[:, :20], logits(model, ids[:, :20]))
 
 
+def test_angles_are_made_for_real_whatever_device_the_model_is_built_on():
+    """They are no weights: nothing would ever fill them in behind `torch.device("meta")`."""
+    for changes in ({}, {"rope_scaling": None}):
+        with torch.device("meta"):
+            built = DeepseekV3Model(tiny(**changes)).rotary_emb
+        close(built.inv_freq, DeepseekV3Model(tiny(**changes)).rotary_emb.inv_freq)
+
+
 # ---- The equations ----
 
 
@@ -168,6 +177,16 @@ def test_absorbed_and_expanded_have_the_same_gradients(monkeypatch):
         close(absorbed, expanded)
 
 
+@torch.no_grad()
+def test_bfloat16_comes_close_in_either_order(either_order):
+    """Absorbed, the float32 softmax meets bfloat16 latents and weights."""
+    ids = tokens(2, 9)
+    found = in_chunks(build(dtype=torch.bfloat16, num_hidden_layers=1), ids, [5, 4])[0]
+    exact = logits(build(num_hidden_layers=1), ids)
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - exact).norm() < 0.03 * exact.norm()
+
+
 # ---- The cache ----
 
 SPLITS = [[1] * 9, [9], [5, 4], [4, 5], [2, 3, 4], [8, 1], [1, 8]]
@@ -224,6 +243,49 @@ def test_growing_does_not_copy_the_cache_at_every_token():
     assert cache.layers[0].shape[1] <= 2000
 
 
+@pytest.mark.parametrize(
+    ("capacity", "lengths", "rooms"),
+    [
+        (0, [4, 5, 6, 7, 9, 10], [4, 6, 6, 9, 9, 13]),  # half as much again, or as much as is needed
+        (0, [10, 100], [10, 100]),
+        (20, [4, 19, 20, 21], [20, 20, 20, 30]),
+    ],
+)
+def test_the_cache_grows_by_half(capacity, lengths, rooms):
+    cache = LatentCache(capacity)
+    everything = torch.arange(1.0, 101).expand(2, 1, -1).transpose(1, 2)
+    for end, room in zip(lengths, rooms, strict=True):
+        held = cache.append(0, everything[:, cache.length : end])
+        cache.length = end
+        assert torch.equal(held, everything[:, :end])
+        assert cache.layers[0].shape == (2, room, 1)
+
+
+def test_a_cache_in_training_gives_new_tokens_their_gradients():
+    cache = LatentCache()
+    cache.append(0, torch.ones(1, 2, 3))
+    cache.length = 2
+    new = torch.full((1, 1, 3), 2.0, requires_grad=True)
+    seen = cache.append(0, new)
+    assert seen[0, :, 0].tolist() == [1, 1, 2]
+    seen.sum().backward()
+    assert torch.equal(new.grad, torch.ones(1, 1, 3))
+
+
+def test_decoding_absorbs_and_training_expands(monkeypatch):
+    """Both give the same, in other times: so the calls are counted."""
+    taken = []
+    for name in ("attend_absorbed", "attend_expanded"):
+        form = getattr(MLA, name)
+        monkeypatch.setattr(
+            MLA, name, lambda *a, form=form, name=name: (taken.append(name), form(*a))[1]
+        )
+    model = build(num_hidden_layers=1)
+    cache = model(tokens(1, 30), use_cache=True).past_key_values
+    model(tokens(1, 1), past_key_values=cache)
+    assert taken == ["attend_expanded", "attend_absorbed"]
+
+
 @pytest.mark.parametrize("keep", [0, 1, 6])
 def test_a_cropped_cache_forgets(model, keep):
     first, second = tokens(2, 9), tokens(2, 4, seed=2)
@@ -245,6 +307,16 @@ def test_a_cropped_cache_keeps_its_padding(model):
 
 
 # ---- What a query may see ----
+
+
+def test_without_padding_there_is_no_pattern():
+    """Plain causal attention, or one query that sees all, is faster without a matrix."""
+    assert attention_pattern(None, 5, 5, "cpu") is None
+    assert attention_pattern(None, 1, 5, "cpu") is None
+    assert attention_pattern(None, 2, 4, "cpu").int().tolist() == [[[[1, 1, 1, 0], [1, 1, 1, 1]]]]
+    assert key_mask(torch.ones(2, 6), None, 2, 6) is None
+    assert key_mask(torch.ones(2, 2), None, 2, 2) is None
+    assert key_mask(torch.ones(2, 1), None, 2, 1).dtype == torch.bool  # asking would cost more
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -307,6 +379,25 @@ def test_shifted_positions_change_nothing(model):
 def test_a_mask_or_positions_of_another_length_are_refused(model, name, value):
     with pytest.raises(ValueError, match=name):
         model(tokens(2, 6), **{name: value})
+
+
+def test_positions_may_be_one_row_for_all(model):
+    ids = tokens(2, 6)
+    close(logits(model, ids, position_ids=torch.arange(6)[None]), logits(model, ids))
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (1, 5), (3, 6), (6,)], ids=str)
+def test_an_error_of_shape_says_which_would_be_right(model, shape):
+    for name in ("attention_mask", "position_ids"):
+        with pytest.raises(ValueError, match=name) as error:
+            model(tokens(2, 6), **{name: torch.ones(shape, dtype=torch.long)})
+        assert str(shape) in str(error.value) and "(2, 6)" in str(error.value)
+
+
+def test_an_error_of_shape_counts_what_the_cache_holds(model):
+    cache = model(tokens(2, 4), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"attention_mask.*\(2, 2\).*\(2, 6\)"):
+        model(tokens(2, 2), torch.ones(2, 2), past_key_values=cache)
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,13 @@ import copy
 import dataclasses
 import json
 import math
+import re
 
 import pytest
+import torch
 from helpers import FAMILY, MOONLIGHT, V3, YARN, tiny
 
-from deepseek_v3 import DeepseekV3Config, DeepseekV3Model
+from deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM, DeepseekV3Model
 
 FIELDS = {field.name for field in dataclasses.fields(DeepseekV3Config)}
 
@@ -27,6 +29,13 @@ def test_the_defaults_are_the_released_671b_model():
     assert {key: getattr(config, key) for key in V3.keys() & FIELDS} == {
         key: V3[key] for key in V3.keys() & FIELDS
     }
+
+
+def test_fields_that_the_release_leaves_out_default_to_the_report():
+    """λ of the first 10T tokens and α (§4.2); no pad id, two labels."""
+    config = DeepseekV3Config()
+    assert (config.mtp_loss_weight, config.balance_loss_weight) == (0.3, 0.0001)
+    assert (config.pad_token_id, config.num_labels) == (None, 2)
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -81,6 +90,19 @@ def test_the_tiny_preset_has_every_mechanism():
     assert config.q_lora_rank
     assert config.num_nextn_predict_layers
     assert 0 < config.first_k_dense_replace < config.num_hidden_layers
+    assert (config.n_routed_experts, config.n_group, config.topk_group) == (16, 4, 2)
+    assert config.num_experts_per_tok == 4
+    assert config.max_position_embeddings == 4096
+    assert config.rope_scaling is None
+
+
+def test_the_tiny_preset_has_3_6_million_parameters():
+    """And its cache 64 + 16 numbers a token and layer, a twentieth of keys and values of 4 heads."""
+    config = DeepseekV3Config.tiny()
+    with torch.device("meta"):
+        model = DeepseekV3ForCausalLM(config)
+    assert sum(p.numel() for p in model.parameters()) == 3_590_688
+    assert (config.kv_lora_rank, config.qk_rope_head_dim) == (64, 16)
 
 
 def test_two_configs_share_no_dict():
@@ -140,6 +162,27 @@ def test_every_spelling_of_no_yarn_means_the_same(rope):
     assert scale == pytest.approx(14**-0.5)
 
 
+@pytest.mark.parametrize(
+    ("given", "field", "value"),
+    [
+        ({"rope_parameters": RENAMED}, "rope_theta", 10000.0),  # what transformers leaves out
+        ({"rope_parameters": {"rope_theta": 7.0}}, "rope_scaling", None),
+        ({"rope_parameters": None}, "rope_scaling", None),
+        ({"rope_parameters": None}, "rope_theta", 10000.0),
+        ({"num_mtp_layers": 2}, "num_nextn_predict_layers", 2),
+        ({"num_mtp_layers": 0}, "num_nextn_predict_layers", 0),
+        ({"id2label": {"0": "a", "1": "b", "2": "c"}}, "num_labels", 3),
+        ({"id2label": {"0": "a"}, "num_labels": 5}, "num_labels", 5),
+        ({"id2label": None}, "num_labels", 2),
+        ({"num_key_value_heads": None}, "num_key_value_heads", 128),
+        ({"num_attention_heads": 16}, "num_key_value_heads", 16),
+    ],
+    ids=str,
+)
+def test_other_spellings_are_read(given, field, value):
+    assert getattr(DeepseekV3Config(**given), field) == value
+
+
 # ---- What cannot work is refused, by field and value ----
 
 REFUSED = [
@@ -191,6 +234,68 @@ def test_the_error_names_the_field_and_its_value(field, value):
     assert str(value) in str(error.value)
 
 
+REMEDIES = [
+    ("n_routed_experts", 250, "divisible by n_group=8"),
+    ("n_group", 256, "1, or leave 2 experts or more"),
+    ("topk_group", 9, "at most n_group=8"),
+    ("num_experts_per_tok", 129, "at most 128"),  # 4 groups of 32
+    ("num_key_value_heads", 8, "128"),
+    ("qk_rope_head_dim", 63, "even"),
+    ("hidden_size", 0, "1 or more"),
+    ("n_shared_experts", -1, "0 or more"),
+    ("hidden_size", "7168", "int"),
+    ("q_lora_rank", "none", "int | None"),
+    ("norm_topk_prob", 1, "bool"),
+    ("rms_norm_eps", 0.0, "above 0"),
+    ("rope_theta", 1, "above 1"),
+    ("rope_theta", 1.0, "above 1"),
+    ("routed_scaling_factor", 0, "above 0"),
+    ("initializer_range", -0.01, "0 or more"),
+    ("scoring_func", "softmax", "'sigmoid'"),
+    ("topk_method", "greedy", "'noaux_tc'"),
+    ("hidden_act", "gelu", "'silu'"),
+    ("attention_dropout", 0.1, "0.0"),
+    ("moe_layer_freq", 2, "1"),
+    ("rope_interleave", False, "True"),
+    ("model_type", "llama", "'deepseek_v3'"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "right"), REMEDIES)
+def test_the_error_says_what_would_be_right(field, value, right):
+    with pytest.raises(ValueError, match=re.escape(f"{field}={value!r}: must be {right}") + r"(?!\.)"):
+        DeepseekV3Config(**{field: value})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"rope_theta": 1.001},
+        {"initializer_range": 0},
+        {"routed_scaling_factor": 1},
+        {"rms_norm_eps": 1},
+        {"first_k_dense_replace": 0},
+        {"num_nextn_predict_layers": 0},
+        {"n_shared_experts": 0},
+        {"n_shared_experts": None},
+        {"num_experts_per_tok": 128},  # all that 4 groups of 32 hold
+        {"topk_group": 8},
+        {"n_group": 128, "topk_group": 128},  # 2 experts a group
+        {"hidden_size": 1, "num_labels": 1, "q_lora_rank": 1},
+        {"bos_token_id": None, "eos_token_id": None, "pad_token_id": -1},
+        {"eos_token_id": [1, 2], "bos_token_id": 0},
+        {"moe_layer_freq": 1, "rope_interleave": True, "attention_dropout": 0.0},
+        {"model_type": "kimi_k2"},
+        {"model_type": "deepseek_v3"},
+    ],
+    ids=str,
+)
+def test_the_last_value_that_works_is_taken(given):
+    config = DeepseekV3Config(**given)
+    kept = vars(config) | config.extra
+    assert {key: kept[key] for key in given} == given
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -206,7 +311,12 @@ def test_the_error_names_the_field_and_its_value(field, value):
         ("original_max_position_embeddings", 0),
         ("original_max_position_embeddings", None),
         ("beta_fast", -32),
+        ("beta_slow", -1),
+        ("mscale", -1.0),
         ("mscale_all_dim", math.inf),
+        ("attention_factor", -0.5),
+        ("attention_factor", "1"),
+        ("truncate", False),
     ],
 )
 def test_yarn_that_cannot_work_is_named(key, value):
@@ -214,6 +324,19 @@ def test_yarn_that_cannot_work_is_named(key, value):
         DeepseekV3Config(rope_scaling=YARN | {key: value})
     assert key in str(error.value)
     assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize("empty", [None, 0])
+def test_yarn_settings_left_open_take_their_usual_values(empty):
+    """beta 32 and 1, no mscale, no attention_factor."""
+    needed = {key: YARN[key] for key in ("type", "factor", "original_max_position_embeddings")}
+    keys = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor")
+    usual = yarn_numbers(rope_scaling=needed | {"beta_fast": 32, "beta_slow": 1})
+    assert yarn_numbers(rope_scaling=needed) == usual
+    left_open = dict.fromkeys(keys, empty) | {"truncate": True}
+    assert yarn_numbers(rope_scaling=needed | left_open) == usual
+    assert usual[1] == pytest.approx(0.1 * math.log(40) + 1)  # all of it on cos and sin
+    assert usual[2] == pytest.approx(14**-0.5)
 
 
 @pytest.mark.parametrize("key", ["type", "factor", "original_max_position_embeddings"])

@@ -249,6 +249,27 @@ def test_every_hop_is_made_and_the_answer_comes_home(places):
         assert str(chunk.logits.device) == "cpu"
 
 
+def test_every_tensor_is_made_where_its_inputs_are():
+    """Masks, positions, loss and draws of a model that lies elsewhere as a whole."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("meta"):
+        model, ids = DeepseekV3ForCausalLM(tiny()).train(), torch.zeros(2, 6, dtype=torch.long)
+        for block in model.model.layers[1:]:  # counting visits depends on numbers
+            block.mlp = block.mlp.shared_experts
+        single = model.model.embed_tokens(ids[:, :1])
+        given = torch.ones(2, 7, dtype=torch.long)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        cache = LatentCache()
+        out = model(ids, output_mtp=True, output_attentions=True)
+        loss = deepseek_v3.shifted_cross_entropy(out.mtp_logits[0], ids, 2)
+        model.eval()(ids, past_key_values=cache)
+        out = model(inputs_embeds=single, attention_mask=given, past_key_values=cache)
+        probs = deepseek_v3.Sampling(do_sample=True, top_k=3, top_p=0.5).distribution(out.logits)
+        found = deepseek_v3.Sampling().accept(ids[:, :1], probs, probs.expand(2, 2, 61))
+        last = deepseek_v3.last_real_token(single, None, given, None)
+        for tensor in (loss, out.logits, probs, *found, last):
+            assert tensor.device.type == "meta"
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("quantize", [None, "fp8"])
 @pytest.mark.parametrize(

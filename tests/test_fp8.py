@@ -10,7 +10,8 @@ from checkpoints import INDEX, RAGGED, ragged, read, released_layout, write
 from helpers import FP8, V31, router_biases, tiny, tokens
 from torch.distributed.checkpoint.quantized_hf_storage import QuantizedHuggingFaceStorageReader
 
-from deepseek_v3 import DeepseekV3ForCausalLM, dequantise, quantise
+from deepseek_v3 import DeepseekV3ForCausalLM, Linear, blocks_of, dequantise, grouped_linear
+from deepseek_v3 import quantise, released_in_fp8
 
 E4M3 = torch.float8_e4m3fn
 # One block, the released 576 rows, what transformers mis-scales, one more and one less than a block.
@@ -71,6 +72,61 @@ def test_quantising_what_was_dequantised_is_exact():
     again, scale_again = quantise(dequantise(codes, scale, torch.float32))
     torch.testing.assert_close(scale_again, scale)
     assert torch.equal(again.view(torch.uint8), codes.view(torch.uint8))
+
+
+def test_without_scales_a_weight_is_only_cast():
+    weight = random(3, 5)
+    assert torch.equal(dequantise(weight, None, torch.bfloat16), weight.bfloat16())
+    assert dequantise(weight, None, torch.float32) is weight
+
+
+@pytest.mark.parametrize(
+    ("shape", "blocks"), [((576, 7168), (5, 56)), ((128, 1), (1, 1)), ((129, 256), (2, 2))]
+)
+def test_blocks_at_the_edge_count_whole(shape, blocks):
+    assert blocks_of(shape) == blocks
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_layer_in_fp8_answers_in_the_dtype_of_its_input(dtype, bias):
+    layer, x = Linear(200, 130, bias=bias), random(2, 3, 200).to(dtype)
+    plain = layer.weight.detach()
+    assert (layer.bias is not None) == bias
+    if bias:
+        layer.bias = torch.nn.Parameter(layer.bias.detach().to(dtype))
+    codes, scale = quantise(plain)
+    layer.weight = torch.nn.Parameter(codes, requires_grad=False)
+    layer.weight_scale_inv = torch.nn.Parameter(scale, requires_grad=False)
+    full = dequantise(codes, scale, dtype)
+    assert full.dtype == layer(x).dtype == dtype
+    assert torch.equal(layer(x), torch.nn.functional.linear(x, full, layer.bias))
+
+
+def test_each_expert_in_fp8_has_its_own_scales():
+    weights = [quantise(random(130, 140, seed=e) * 10**e) for e in range(3)]
+    codes, scales = (torch.stack(parts) for parts in zip(*weights, strict=True))
+    x, ends = random(5, 140), torch.tensor([2, 2, 5], dtype=torch.int32)  # nobody visits the second
+    found = grouped_linear(x, codes, ends, scales)
+    for rows, e in ((slice(0, 2), 0), (slice(2, 5), 2)):
+        full = dequantise(codes[e], scales[e], torch.float32)
+        torch.testing.assert_close(found[rows], x[rows] @ full.T)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "in_fp8"),
+    [
+        ("self_attn.o_proj.weight", (4, 4), True),
+        ("mlp.experts.gate_proj", (2, 4, 4), True),
+        ("self_attn.o_proj.bias", (4,), False),
+        ("eh_proj.weight", (4, 8), False),
+        ("mlp.gate.weight", (4, 4), False),
+        ("lm_head.weight", (4, 4), False),
+        ("input_layernorm.weight", (4,), False),
+    ],
+)
+def test_what_the_release_has_in_fp8(name, shape, in_fp8):
+    assert released_in_fp8(f"model.layers.3.{name}", torch.empty(shape)) is in_fp8
 
 
 # ---- Reading ----

@@ -1,12 +1,13 @@
 """Generation: greedy and sampled tokens, the sets they are drawn from, stopping, padded prompts."""
 
 import math
+import re
 
 import pytest
 import torch
 from helpers import build, pad, tokens
 
-from deepseek_v3 import Sampling
+from deepseek_v3 import DeepseekV3Config, Sampling, stop_ids
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +175,72 @@ def test_draws_follow_the_distribution():
     assert share[3] == 0
 
 
+P_Q = [  # p of two drafts and the token behind, q of the drafts: of three tokens
+    [[[0.1, 0.2, 0.7], [0.5, 0.5, 0.0], [0.2, 0.8, 0.0]], [[0.1, 0.2, 0.7], [1.0, 0.0, 0.0]]],
+    [[[0.6, 0.1, 0.3], [0.0, 0.0, 1.0], [0.0, 1.0, 0.0]], [[0.2, 0.5, 0.3], [0.0, 0.0, 1.0]]],
+    [[[0.0, 1.0, 0.0], [0.3, 0.3, 0.4], [1.0, 0.0, 0.0]], [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]],
+]
+
+
+def test_drafts_stand_and_fall_by_row():
+    """p > q: stands for sure. p = 0: falls, and the token comes from what p has more of than q."""
+    p, q = (torch.tensor([row[i] for row in P_Q]) for i in (0, 1))
+    drafts = torch.tensor([[2, 0], [0, 2], [0, 1]])
+    seen = {}
+    for seed in range(300):
+        sampling = Sampling(do_sample=True, generator=torch.Generator().manual_seed(seed))
+        for row, found in enumerate(zip(*sampling.accept(drafts, q, p), strict=True)):
+            seen.setdefault(row, []).append(tuple(map(int, found)))
+    # Row 0: draft 2 as likely in both stands; draft 0 has p / q = 1/2, behind it only token 1 gains.
+    assert set(seen[0]) == {(1, 1), (2, 0), (2, 1)}
+    assert sum(n == 2 for n, _ in seen[0]) / 300 == pytest.approx(0.5, abs=0.1)
+    assert sum(t == 1 for n, t in seen[0] if n == 2) / sum(n == 2 for n, _ in seen[0]) > 0.65
+    assert set(seen[1]) == {(2, 1)}  # p is at least q twice: both stand, the third is drawn from p
+    assert set(seen[2]) == {(0, 1)}  # p = 0: the first falls, and so does what stands behind it
+
+
+def test_greedy_drafts_stand_while_they_are_the_likeliest():
+    p = torch.eye(4)[torch.tensor([[1, 2, 3], [1, 0, 3], [0, 2, 3]])]
+    drafts = torch.tensor([[1, 2]] * 3)
+    accepted, token = Sampling().accept(drafts, torch.eye(4)[drafts], p)
+    assert accepted.tolist() == [2, 1, 0]
+    assert token.tolist() == [3, 0, 0]
+
+
+def test_a_residual_of_nothing_is_p_row_by_row():
+    """Where p and q are the same but for the draft's rounding, p itself is drawn from."""
+    p = torch.tensor([[[0.0, 1.0], [0.5, 0.5]], [[0.0, 1.0], [0.5, 0.5]]])
+    q = torch.tensor([[[0.0, 1.0]], [[1.0, 0.0]]])
+    sampling = Sampling(do_sample=True, generator=torch.Generator().manual_seed(0))
+    accepted, token = sampling.accept(torch.tensor([[0], [0]]), q, p)
+    assert accepted.tolist() == [0, 0]
+    assert token.tolist() == [1, 1]
+
+
 # ---- Stopping ----
+
+
+@pytest.mark.parametrize(
+    ("config", "argument", "stops"),
+    [
+        (1, None, [1]),
+        ([1, 2], None, [1, 2]),
+        (None, None, []),
+        (1, 7, [7]),
+        (1, [7, 8], [7, 8]),
+        (1, (7, 8), [7, 8]),
+        (1, 0, [0]),
+        (0, None, [0]),
+        (1, -1, []),
+        ([1, -1], None, []),
+        (1, [], []),
+    ],
+)
+def test_what_ends_a_text(config, argument, stops):
+    """The argument, else the config; -1 stands for none."""
+    found = stop_ids(DeepseekV3Config(eos_token_id=config), argument)
+    assert found == stops
+    assert type(found) is list
 
 
 def stopping(model, ids, steps, stops, padding):
@@ -283,6 +349,26 @@ def test_a_bad_argument_is_named_with_its_value(model, name, value, do_sample):
     with pytest.raises(ValueError, match=name) as error:
         model.generate(tokens(1, 4), do_sample=do_sample, **{name: value})
     assert str(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "right"),
+    [
+        ("temperature", 0.0, "above 0; greedy is do_sample=False"),
+        ("top_k", -1, "0 (off) or more"),
+        ("top_p", 0.0, "in (0, 1]"),
+        ("min_p", 2.0, "in [0, 1]"),
+    ],
+)
+def test_the_error_says_what_would_be_right(name, value, right):
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value}: must be {right}")):
+        Sampling(**{name: value})
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 1}, {"min_p": 0.0}, {"min_p": 1.0}, {"top_p": 1.0}])
+def test_the_last_value_that_works_is_taken(settings):
+    plain = {"do_sample": False, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    assert vars(Sampling(**settings)) == plain | {"generator": None} | settings
 
 
 @pytest.mark.parametrize(

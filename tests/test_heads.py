@@ -5,13 +5,14 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import build, pad, tokens
+from helpers import build, pad, tiny, tokens
 from safetensors import safe_open
 
 from deepseek_v3 import (
     DeepseekV3ForCausalLM,
     DeepseekV3ForSequenceClassification,
     DeepseekV3ForTokenClassification,
+    DeepseekV3Model,
 )
 
 ROWS = [tokens(7), tokens(4, seed=2), tokens(1, seed=3)]
@@ -150,6 +151,51 @@ def test_a_language_model_lends_its_trunk_and_the_new_head_is_announced(cls, dep
     assert model.score.weight.isfinite().all()
     assert model.score.weight.abs().max() > 0
     assert model(tokens(1, 4)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("cls", [*HEADS, DeepseekV3ForCausalLM])
+def test_a_new_model_is_drawn_as_the_config_says(cls):
+    """Matrices from a normal distribution around 0, norms 1, biases 0, router biases 0."""
+    torch.manual_seed(0)
+    model = cls(tiny(initializer_range=0.03, attention_bias=True, hidden_size=64, num_labels=40))
+    for name, tensor in model.named_parameters():
+        if tensor.ndim > 1:
+            assert tensor.std().item() == pytest.approx(0.03, rel=0.15), name
+            assert abs(tensor.mean().item()) < 0.15 * 0.03, name
+        else:
+            assert (tensor == (0.0 if name.endswith("bias") else 1.0)).all(), name
+    assert any(name.endswith("o_proj.bias") for name, _ in model.named_parameters())
+    assert ("score.bias" in dict(model.named_parameters())) == (cls is HEADS[1])
+
+
+@pytest.mark.parametrize("cls", [*HEADS, DeepseekV3Model])
+def test_nothing_is_shown_unasked(cls):
+    shown = {name for name, value in vars(build(cls)(tokens(1, 3))).items() if value is not None}
+    assert shown - {"logits"} == {"last_hidden_state"}
+
+
+@pytest.mark.parametrize("cls", [*HEADS, DeepseekV3ForCausalLM])
+@pytest.mark.parametrize("compressed", [17, None])
+def test_biases_and_epsilons_are_where_the_config_puts_them(cls, compressed):
+    """attention_bias on the projections that see the hidden state; latent norms keep 1e-6."""
+    for bias in (False, True):
+        config = tiny(attention_bias=bias, rms_norm_eps=0.01, q_lora_rank=compressed)
+        for name, module in cls(config).named_modules():
+            kind = name.split(".")[-1]
+            if isinstance(module, torch.nn.RMSNorm):
+                assert module.eps == (1e-6 if kind.endswith("a_layernorm") else 0.01), name
+            elif kind in ("q_a_proj", "kv_a_proj_with_mqa", "o_proj"):
+                assert (module.bias is not None) == bias, name
+            elif isinstance(module, torch.nn.Linear) and kind != "score":
+                assert module.bias is None, name
+
+
+@torch.no_grad()
+def test_a_sequence_is_read_behind_a_cache_too():
+    model = classifier()
+    ids, mask = pad(ROWS[:2], "left", value=5)
+    cache = model(ids[:, :4], mask[:, :4], use_cache=True).past_key_values
+    close(model(ids[:, 4:], mask, past_key_values=cache).logits, model(ids, mask).logits)
 
 
 # ---- Tied embeddings ----

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import build, pad, router_biases, tokens
 
-from deepseek_v3 import DeepseekV3Model, trace
+from deepseek_v3 import DeepseekV3Model, grouped_linear, trace
 
 E, G, K, SCALING = 12, 3, 4, 2.5  # of the small model; its tokens may visit 2 of 3 groups
 MOE_LAYERS = 2
@@ -171,6 +171,11 @@ def test_casting_the_model_keeps_every_bit_of_the_bias(cast):
         assert torch.equal(old, new)
 
 
+def test_the_bias_goes_where_the_model_goes():
+    model = build().to("meta", torch.bfloat16)
+    assert {(b.device.type, b.dtype) for b in router_biases(model)} == {("meta", torch.float32)}
+
+
 def test_the_bias_is_saved_and_not_trained():
     model = build()
     named = [name for name, _ in model.named_parameters()]
@@ -223,6 +228,12 @@ SHAPES = {
 }
 
 
+@pytest.mark.parametrize(("shared", "width"), [(None, None), (0, None), (1, 16), (2, 32)])
+def test_shared_experts_are_one_that_is_as_wide_as_all(shared, width):
+    found = moe(n_shared_experts=shared).shared_experts
+    assert (found and found.up_proj.weight.shape) == (width and (width, 32))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_experts_are_a_loop_over_tokens_gradients_too(shape, dtype):
@@ -260,6 +271,40 @@ def test_an_expert_that_nobody_chose_has_a_zero_gradient(width):
     for weight in layer.experts.parameters():
         busy = weight.grad.flatten(1).abs().sum(-1) > 0
         assert busy.tolist() == [False] + [True] * (E - 2) + [False]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "rows", "training", "grouped"),
+    [
+        (torch.float32, 16, 4, False, True),  # as many rows as experts
+        (torch.float32, 16, 3, False, False),  # decoding on a CPU
+        (torch.float32, 16, 3, True, True),
+        (torch.float32, 4, 4, False, True),  # 16 bytes
+        (torch.float32, 6, 4, False, False),
+        (torch.bfloat16, 8, 4, False, True),
+        (torch.bfloat16, 4, 4, True, False),
+        (torch.float64, 16, 4, True, False),
+        (torch.float8_e4m3fn, 16, 4, False, False),
+    ],
+    ids=str,
+)
+def test_the_grouped_kernel_runs_where_it_can_and_pays(
+    monkeypatch, dtype, width, rows, training, grouped
+):
+    """Both ways give the same, in other times: so the calls are counted."""
+    calls, kernel = [], torch.nn.functional.grouped_mm
+    monkeypatch.setattr(
+        torch.nn.functional, "grouped_mm", lambda *a, **k: (calls.append(1), kernel(*a, **k))[1]
+    )
+    of_rows = torch.float32 if dtype.itemsize == 1 else dtype
+    x = torch.ones(rows, 16, dtype=of_rows, requires_grad=training)
+    weight = torch.randn(4, width, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    ends = torch.tensor([1, 1, rows - 1, rows], dtype=torch.int32)
+    scales = torch.ones(4, 1, 1) if dtype.itemsize == 1 else None
+    out = grouped_linear(x, weight, ends, scales)
+    assert len(calls) == grouped
+    for row, expert in enumerate([0, *[2] * (rows - 2), 3]):
+        close(out[row], weight[expert].to(of_rows).sum(-1), 0.05 if of_rows == torch.bfloat16 else 1e-5)
 
 
 def test_a_single_token_visits_its_experts():
@@ -316,6 +361,51 @@ def test_gamma_scales_the_step_and_zero_only_measures():
     assert torch.equal(by_gamma[0.0][0], start)
     close((by_gamma[0.1][0] - start) / 100, by_gamma[0.001][0] - start, 1e-6)
     assert by_gamma[0.0][1] == by_gamma[0.1][1]
+
+
+def test_the_report_moves_by_a_thousandth_and_not_centred():
+    """γ = 0.001 of §4.2 is what a call without arguments takes."""
+    asked, default = build().train(), build().train()
+    for model in (asked, default):
+        model(tokens(2, 9))
+    asked.update_router_bias(0.001, centred=False)
+    default.update_router_bias()
+    assert torch.equal(torch.stack(router_biases(asked)), torch.stack(router_biases(default)))
+
+
+def test_the_violation_of_a_load_below_one_visit_an_expert():
+    """One token: 4 of 12 experts are visited once, three times their mean of 1/3."""
+    violations = train_step(build(num_nextn_predict_layers=0), (tokens(1, 1), None))[1]
+    assert violations == pytest.approx([2.0] * MOE_LAYERS)
+
+
+def test_loads_are_counted_for_real_and_not_saved():
+    """Built on `meta` for loading, a model must count all the same; a checkpoint has no loads."""
+    with torch.device("meta"):
+        model = DeepseekV3Model(build().config)
+    for layer in model.layers[1:]:
+        assert layer.mlp.gate.load.device.type == "cpu"
+        assert (layer.mlp.gate.load.dtype, layer.mlp.gate.load.sum()) == (torch.int64, 0)
+    assert not any("load" in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize("T", [2, 4])
+def test_padding_behind_a_cache_is_no_load(T):
+    """The mask covers the cached tokens too; only the new ones are counted."""
+    model = build(num_nextn_predict_layers=0).train()
+    cache = model(tokens(2, 3), use_cache=True).past_key_values
+    model.update_router_bias(0.0)
+    mask = torch.ones(2, 3 + T, dtype=torch.long)
+    mask[0, 2], mask[1, 3] = 0, 0
+    out = model(tokens(2, T, seed=2), mask, past_key_values=cache, output_routing=True)
+    counts = torch.zeros(MOE_LAYERS, E)
+    for layer, decision in enumerate(out.routing):
+        for e in decision.indices[mask[:, 3:].bool()].flatten().tolist():
+            counts[layer, e] += 1
+    expected = sum(balance_by_hand(r, mask[:, 3:]) for r in out.routing)
+    assert out.balance_loss.item() == pytest.approx(expected, rel=1e-5)
+    found = model.update_router_bias(0.0)
+    assert found == pytest.approx((counts.amax(-1) / counts.mean(-1) - 1).tolist())
 
 
 def test_loads_are_forgotten_after_the_update():
@@ -375,6 +465,18 @@ def test_checkpointing_has_the_same_gradients():
         found.append([loss, *(parameter.grad for parameter in model.parameters())])
     for plain, recomputed in zip(*found, strict=True):
         close(recomputed, plain, 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("asked", "training", "runs"), [(False, True, 1), (True, True, 2), (True, False, 1)]
+)
+def test_layers_are_recomputed_where_asked_for_only(asked, training, runs):
+    model, seen = build().train(training), []
+    assert model.model.gradient_checkpointing is False
+    model.model.gradient_checkpointing = asked
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: seen.append(1))
+    model(tokens(1, 4)).logits.sum().backward()
+    assert len(seen) == runs
 
 
 def test_checkpointing_counts_once():
@@ -468,7 +570,7 @@ def balance_by_hand(routing, mask):
 def test_the_balance_loss_is_what_the_report_says(side):
     ids, mask = tokens(3, 9), None
     if side:
-        ids, mask = pad([tokens(9), tokens(5, seed=2), tokens(2, seed=3)], side)
+        ids, mask = pad([tokens(9), tokens(5, seed=2), tokens(1, seed=3)], side)
     model = build(num_nextn_predict_layers=0).train()
     out = model(ids, mask, output_routing=True)
     real = torch.ones_like(ids) if mask is None else mask

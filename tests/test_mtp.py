@@ -114,6 +114,13 @@ def test_embedding_and_head_are_shared(model):
         assert block.eh_proj.weight.shape == (D, 2 * D)
 
 
+def test_modules_are_numbered_behind_the_layers(model):
+    """Their number is the key of their latents in a cache, and never that of a dense layer."""
+    assert [block.self_attn.layer_idx for block in model.model.layers] == list(range(L + DEPTHS))
+    behind_dense = fresh(first_k_dense_replace=L)
+    assert all(hasattr(block.mlp, "gate") for block in behind_dense.mtp_blocks)
+
+
 @torch.no_grad()
 def test_the_shared_head_is_the_main_one():
     model, ids = fresh(), tokens(2, 8)
@@ -185,6 +192,57 @@ def test_the_loss_is_the_mean_of_the_depths(depths, ignored):
 def test_a_target_that_is_ignored_everywhere_costs_nothing(model):
     out = model(tokens(2, 6), labels=torch.full((2, 6), -100))
     assert out.loss == out.main_loss == out.mtp_loss == 0
+
+
+def test_the_loss_of_a_single_target_is_its_own(model):
+    out = model(tokens(1, 3), labels=tokens(1, 3).index_fill(1, torch.tensor([1]), -100))
+    target = tokens(1, 3)[0, 2]
+    close(out.main_loss, -out.logits[0, 1].log_softmax(-1)[target])
+    assert len(out.mtp_logits) == 2  # the second has a row, but no target behind it
+    close(out.mtp_loss, -out.mtp_logits[0][0, 0].log_softmax(-1)[target] / 2)
+
+
+@pytest.mark.parametrize(
+    ("labels", "named"),
+    [
+        (tokens(2, 5), r"labels.*\(2, 5\).*\(2, 6\)"),
+        (tokens(1, 6), r"labels.*\(1, 6\).*\(2, 6\)"),
+        (torch.full((2, 6), 61), "labels.*61"),
+        (torch.full((2, 6), -1), "labels.*-1"),
+    ],
+)
+def test_labels_that_cannot_be_scored_are_named(model, labels, named):
+    with pytest.raises(ValueError, match=named):
+        model(tokens(2, 6), labels=labels)
+
+
+def test_labels_need_the_logits_of_all_tokens(model):
+    with pytest.raises(ValueError, match="labels"):
+        model(tokens(2, 6), labels=tokens(2, 6), logits_to_keep=1)
+    assert model(tokens(2, 6), logits_to_keep=1, output_mtp=True).mtp_logits is not None
+
+
+def test_labels_behind_a_cache_score_the_main_model_only(model):
+    cache = model(tokens(1, 4), use_cache=True).past_key_values
+    out = model(tokens(1, 3), labels=tokens(1, 3), past_key_values=cache)
+    assert out.mtp_logits is None and out.mtp_loss is None
+    assert out.loss == out.main_loss
+
+
+@torch.no_grad()
+def test_given_positions_reach_the_modules(model):
+    """Twice as far apart, tokens are others to a module too; the same positions change nothing."""
+    ids, plain = tokens(1, 8), mtp_logits(model, tokens(1, 8))
+    for stretch in (1, 2):
+        positions = stretch * torch.arange(8)[None]
+        out = model(ids, position_ids=positions, output_mtp=True)
+        hidden = model(ids, position_ids=positions).last_hidden_state
+        embeds = model.model.embed_tokens(ids)
+        _, rope, pattern = model.model.context(hidden[:, :-1], None, positions[:, :-1], None)
+        alone = model.lm_head(model.model.layers[L](hidden[:, :-1], embeds[:, 1:], rope, pattern))
+        close(out.mtp_logits[0], alone)
+        if stretch == 1:
+            close(out.mtp_logits[0], plain[0])
 
 
 @pytest.mark.parametrize("weight", [0.3, 0.1, 0])

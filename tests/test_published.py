@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import KIMI_K2, MOONLIGHT, V3, tokens
 
-from deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM, DeepseekV3Model
+from deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM, DeepseekV3Model, yarn_mscale
 
 EMBEDDING = 129280 * 7168  # and as many in the head
 EXPERT = 44_040_192  # 3 x 7168 x 2048
@@ -184,6 +184,39 @@ def test_yarn_blends_pairs_10_to_23():
 
 
 @pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        # The share of each of 8 pairs' frequency that is kept; R = 16, theta = 10,000, s = 40.
+        ({}, [1, 1, 2 / 3, 1 / 3, 0, 0, 0, 0]),  # raw bounds 1.55 and 3.36
+        ({"beta_fast": 1000}, [1, 3 / 4, 1 / 2, 1 / 4, 0, 0, 0, 0]),  # -2.6: from 0 on
+        ({"beta_slow": 1e-6}, [1, 1, *(1 - i / 14 for i in range(1, 7))]),  # 15.4: to R - 1
+        ({"beta_fast": 10, "beta_slow": 10}, [1, 1, 0, 0, 0, 0, 0, 0]),  # 1.36 and 1.36
+        ({"beta_fast": 85, "beta_slow": 85}, [1, 0, 0, 0, 0, 0, 0, 0]),  # -0.5 and -0.5: 0 and 0
+    ],
+)
+def test_yarn_stays_inside_the_pairs_there_are(changes, kept):
+    narrow = dict(vocab_size=2, hidden_size=2, num_hidden_layers=1, num_attention_heads=1)
+    yarn = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 300}
+    yarn |= {"beta_fast": 8, "beta_slow": 1} | changes
+    config = DeepseekV3Config(**narrow, intermediate_size=2, qk_rope_head_dim=16, rope_scaling=yarn)
+    plain = 10000.0 ** (-torch.arange(8) / 8)
+    share = (DeepseekV3Model(config).rotary_emb.inv_freq / plain - 1 / 40) / (1 - 1 / 40)
+    assert share.tolist() == pytest.approx(kept, abs=1e-5)
+
+
+@pytest.mark.parametrize(("factor", "value"), [(0.5, 1.0), (1, 1.0), (1.5, 1.0405465)])
+def test_yarn_is_off_at_a_factor_of_1_and_on_above(factor, value):
+    assert yarn_mscale(factor, 1.0) == pytest.approx(value)
+
+
+def test_an_attention_factor_given_is_taken():
+    yarn = V3["rope_scaling"] | {"attention_factor": 1.5}
+    narrow = dict(vocab_size=2, hidden_size=2, num_hidden_layers=1, num_attention_heads=1)
+    config = DeepseekV3Config(**narrow, intermediate_size=2, rope_scaling=yarn)
+    assert DeepseekV3Model(config).rotary_emb.magnitude == 1.5
+
+
+@pytest.mark.parametrize(
     ("name", "scale"),
     [("V3", 0.1352337788609), ("Moonlight", 0.0721687836), ("V2", 0.1352337788609)],
 )
@@ -208,6 +241,8 @@ M, M2 = 1.3688879454, 1.2608037774  # 0.1 m ln 40 + 1 for m = 1 (V3) and m = 0.7
         (0.707, 0.707, 1.5896261652, 1.0),  # V2
         (1.0, 0.707, M2**2, M / M2),
         (0.707, 1.0, M**2, M2 / M),
+        (None, 0.707, M2**2, M),  # with one of them only, cos and sin take 0.1 ln 40 + 1
+        (0.707, None, 1.0, M),
     ],
 )
 def test_the_softmax_takes_mscale_all_dim_and_cos_and_sin_the_ratio(
