@@ -1303,6 +1303,7 @@ def check_config(config):
     require("n_group", G == 1 or per_group >= 2, "1, or leave 2 experts or more a group")
     require("topk_group", config.topk_group <= G, f"at most n_group={G}")
     require("num_experts_per_tok", config.num_experts_per_tok <= reach, f"at most {reach}")
+    require("rope_theta", config.rope_theta > 1, "above 1")
     for name, only in (FIXED_KEYS | {"moe_layer_freq": 1, "rope_interleave": True}).items():
         allowed = (only, "kimi_k2") if name == "model_type" else (only,)
         require(name, config.extra.get(name, only) in allowed, f"{only!r}, as in this whole family")
@@ -1317,25 +1318,29 @@ def check_config(config):
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{key} cannot be written to config.json: {error}") from None
 
-# What a number must lie in, if not in 1..MOST, or above 0 where it need not be whole: larger sizes
-# overflow in torch, and more layers take forever.
+# Bounds of whole numbers, if not 1..MOST: larger ones overflow in torch, more layers take forever.
 MOST = 10**6
-RANGES = {"num_hidden_layers": (1, 1000), "num_nextn_predict_layers": (0, 1000)}
-RANGES |= dict.fromkeys(("first_k_dense_replace", "n_shared_experts"), (0, MOST))
-RANGES |= dict.fromkeys(("initializer_range", "mtp_loss_weight", "balance_loss_weight"), (0, MOST))
-RANGES |= {"max_position_embeddings": (1, 10**12), "rope_theta": (1 + 1e-9, 1e18)}
+BOUNDS = {"num_hidden_layers": (1, 1000), "num_nextn_predict_layers": (0, 1000)}
+BOUNDS |= {"first_k_dense_replace": (0, MOST), "n_shared_experts": (0, MOST)}
+BOUNDS |= {"max_position_embeddings": (1, 10**12)}
+CAN_BE_ZERO = ("initializer_range", "mtp_loss_weight", "balance_loss_weight")
 
 def check_field(name, kind, value, require):
-    """The type and the range of one field."""
+    """The type and the bounds of one field."""
     boolean = isinstance(value, bool) == (kind is bool)
     require(name, isinstance(value, kind) and boolean, getattr(kind, "__name__", kind))
     if name.endswith("token_id"):
         ids = value if isinstance(value, list) else [] if value is None else [value]
         valid = all(type(token) is int and -1 <= token < 2**31 for token in ids)
         require(name, valid, "a token id or None, eos_token_id also a list of them")
-    elif kind is not bool and isinstance(value, int | float):
-        least, most = RANGES.get(name, (1e-18, 1e18) if kind == int | float else (1, MOST))
-        require(name, least <= value <= most, f"in {least:g}..{most:g}")
+    elif kind in (int, int | None) and value is not None:
+        least, most = BOUNDS.get(name, (1, MOST))
+        require(name, value >= least, f"{least} or more")
+        require(name, value <= most, f"at most {most}")
+    elif kind == int | float:
+        zero = name in CAN_BE_ZERO
+        right = "0 or more, and finite" if zero else "above 0, and finite"
+        require(name, 0 < value < 1e18 or zero and value == 0, right)
 
 def check_yarn(yarn):
     """ValueError for YaRN settings that cannot work."""
