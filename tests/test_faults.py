@@ -155,7 +155,7 @@ def test_ctrl_c_ends_generation_with_the_line(tmp_path):
     (tmp_path / "text.txt").write_text("some text, some more text\n" * 99)
     tokenizer = deepseek_v3.train_tokenizer([tmp_path / "text.txt"], 258)
     build(vocab_size=258, eos_token_id=None).save_pretrained(tmp_path)
-    deepseek_v3.save_tokenizer(tokenizer, tmp_path)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
     command = [sys.executable, deepseek_v3.__file__, "generate", tmp_path, "so", "--max-new-tokens", "1000000"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
     # Where the tests run in the background, interrupts are ignored, and children inherit that.

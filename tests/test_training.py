@@ -242,8 +242,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(w
 @pytest.mark.parametrize(
     "flags, culprit",
     [
-        (["--steps", "0"], "--steps: 0: must be 1 or more"),
-        (["--batch", "-4"], "--batch: -4: must be 1 or more"),
+        (["--steps", "0"], "--steps: 0: must be in 1"),
+        (["--batch", "-4"], "--batch: -4: must be in 1"),
         (["--batch", "4", "--accumulate", "3"], "--batch 4: must be a multiple of 3"),
         (["--data", "nowhere"], "nowhere"),
         (["--config", "none.json"], "none.json"),
