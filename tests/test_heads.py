@@ -168,10 +168,30 @@ def test_a_new_model_is_drawn_as_the_config_says(cls):
     assert ("score.bias" in dict(model.named_parameters())) == (cls is HEADS[1])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("cls", HEADS)
+def test_a_head_hands_every_input_to_the_model(cls):
+    """Given alone, each changes the states as it does for the model without a head."""
+    head, ids = build(cls), tokens(2, 5)
+    mask, apart = torch.tensor([[0, 1, 1, 1, 1], [1] * 5]), 3 * torch.arange(5)[None]
+    cache = head(ids, use_cache=True).past_key_values
+    assert cache.length == 5
+    for given in (
+        {"input_ids": ids, "attention_mask": mask},
+        {"input_ids": ids, "position_ids": apart},
+        {"inputs_embeds": head.model.embed_tokens(ids)},
+    ):
+        ours, plain = head(**given).last_hidden_state, head.model(**given).last_hidden_state
+        assert torch.equal(ours, plain)
+    behind = head(ids, past_key_values=cache, output_attentions=True)
+    assert behind.attentions[0].shape == (2, 3, 5, 10)
+    assert behind.past_key_values.length == 10
+
+
 @pytest.mark.parametrize("cls", [*HEADS, DeepseekV3Model])
 def test_nothing_is_shown_unasked(cls):
     shown = {name for name, value in vars(build(cls)(tokens(1, 3))).items() if value is not None}
-    assert shown - {"logits"} == {"last_hidden_state"}
+    assert shown == {"last_hidden_state"} | ({"logits"} if cls in HEADS else set())
 
 
 @pytest.mark.parametrize("cls", [*HEADS, DeepseekV3ForCausalLM])

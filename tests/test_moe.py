@@ -225,6 +225,7 @@ SHAPES = {
     "zero shared experts": {"n_shared_experts": 0},
     "two shared experts": {"n_shared_experts": 2},
     "one expert a token": {"num_experts_per_tok": 1},
+    "one expert": dict(n_routed_experts=1, n_group=1, topk_group=1, num_experts_per_tok=1),
 }
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from helpers import build, pad, tokens
 
-from deepseek_v3 import trace
+from deepseek_v3 import LatentCache, trace
 
 L, D, VOCAB = 3, 32, 61  # of the small model; module k of MTP is layer L + k - 1
 DEPTHS = 3
@@ -119,6 +119,20 @@ def test_modules_are_numbered_behind_the_layers(model):
     assert [block.self_attn.layer_idx for block in model.model.layers] == list(range(L + DEPTHS))
     behind_dense = fresh(first_k_dense_replace=L)
     assert all(hasattr(block.mlp, "gate") for block in behind_dense.mtp_blocks)
+
+
+@torch.no_grad()
+def test_a_module_behind_a_cache_reads_what_it_holds(model):
+    """Rows in two chunks through a cache, as drafting feeds them, are the rows of one pass."""
+    ids, block, cache = tokens(1, 8), model.model.layers[L], LatentCache()
+    hidden, embeds = model(ids).last_hidden_state[:, :-1], model.model.embed_tokens(ids)[:, 1:]
+    at_once = block(hidden, embeds, *model.model.context(hidden, None, None, None)[1:])
+    chunks = []
+    for part in (slice(0, 4), slice(4, 7)):
+        _, rope, pattern = model.model.context(hidden[:, part], None, None, cache)
+        chunks.append(block(hidden[:, part], embeds[:, part], rope, pattern, cache))
+        cache.length = part.stop
+    close(torch.cat(chunks, 1), at_once)
 
 
 @torch.no_grad()
