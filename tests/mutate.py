@@ -1,0 +1,376 @@
+"""How many small faults in the model's code the tests notice: mutation testing with mutmut's operators.
+
+    pip install mutmut==3.8.1              # a developer's tool, in no requirements.txt
+    python tests/mutate.py                 # a fixed random sample; --sample 0 takes all
+
+mutmut's own runner passes over decorated functions and class bodies, which hold the bias update, the
+softmax scale and the config. So its operators are applied here to every node of the sections below,
+and each mutant is tested in a fork of a process that has imported torch already. A mutant counts as
+killed if a test fails or takes too long; tests that never enter its function are not run.
+"""
+
+import argparse
+import collections
+import contextlib
+import importlib
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ |= {"OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+
+import libcst as cst
+import pytest
+from libcst.metadata import MetadataWrapper, PositionProvider, WhitespaceInclusivePositionProvider
+from mutmut.mutation.mutators import mutation_operators
+
+ROOT = Path(__file__).resolve().parent.parent
+FILE = "deepseek_v3.py"
+
+# What is mutated: sections 1 to 9, and of the sections behind them the parts by these names.
+LAST_SECTION = "# ---- 10."
+BEHIND = "Sampling stop_ids config_values check_config check_yarn Linear blocks_of spread dequantise"
+BEHIND = {*BEHIND.split(), "quantise", "released_in_fp8"}
+
+# Whose tests run, fast ones only: a slow test that would kill one more mutant is not counted.
+TESTS = "config moe attention mtp heads generate fp8 published devices transformers drafting"
+SLOW = 2.0  # seconds of a test beyond which it is left out
+BUDGET = 10  # seconds of the tests that a mutant meets first, the nearest
+PATIENCE = 300  # seconds for one mutant
+SAMPLE = 650
+NOTHING_RUN = 5  # pytest's exit status
+LIBRARIES = "torch numpy safetensors tokenizers transformers tqdm huggingface_hub sympy".split()
+THINNED = {  # files with one test for many shapes: those that are run, by words of their names
+    "test_transformers": ["several_groups", "every_module", "same_epsilon", "rope_tables", "pad_id", "classif"],
+    "test_published": ["scale", "cache", "yarn", "absorbing", "factor", "mscale"],
+    "test_devices": ["every_hop", "made_where", "experts_that_are_hit"],
+    "test_drafting": ["residual"],
+}
+
+# Mutants that compute the same, looked at one by one: part of the line, what comes out, and why.
+EQUIVALENT = [
+    ("get_close_matches(key, names, n=1", ["difflib.get_close_matches(key, names, cutoff=0.9)"]),
+    ("get_close_matches(key, names, n=1", ["1 -> 2"]),  # the first match raises
+    ('"bhtc,bsc->bhts"', ['"BHTC,BSC->BHTS"']),  # letters of an einsum, upper case
+    ('"bhts,bsc->bhtc"', ['"BHTS,BSC->BHTC"']),
+    ('"bhtc,hvc->bthv"', ['"BHTC,HVC->BTHV"']),
+    ('"bthn,hnc->bhtc"', ['"BTHN,HNC->BHTC"']),
+    ("super()._apply(fn, recurse)", ["super()._apply(fn, )", "super()._apply(fn, None)"]),
+    ("def _apply(self, fn, recurse=True)", ["True -> False"]),  # a router has no children
+    ("choice.topk(self.K", ["choice.topk(self.K, )", "choice.topk(self.K, sorted=None)", "False -> True"]),
+    ("group_scores.topk(self.topk_group", ["False -> True", "group_scores.topk(self.topk_group, )"]),
+    # the order of the chosen means nothing
+    ("if pattern is None and T > 1:", ["> 1 -> >= 1"]),  # one query sees all
+    ("F.pad(v, (0, max(0,", ["self.N + self.R - self.V -> self.N + self.R + self.V"]),
+    # wider by zeros that are cut off again
+    ("factor > 1 else 1.0", ["> 1 -> >= 1"]),  # ln 1 = 0
+    ("< saved * (S - T)", ["< saved * (S - T) -> <= saved * (S - T)"]),  # as dear either way
+    (".clamp(-448, 448)", ["448 -> 449", "(weight / spread(scale, weight.shape)).clamp(-448, )"]),
+    (".clamp(-448, 448)", ["(weight / spread(scale, weight.shape)).clamp(-448, None)"]),
+    (".clamp(-448, 448)", ["(weight / spread(scale, weight.shape)).clamp(None, 448)"]),
+    # the largest of a block is 448 already, up to rounding, and 449 rounds to 448
+    ("row = torch.arange(len(p)", ["torch.arange(len(p), )", "torch.arange(len(p), device=None)"]),
+    ("torch.arange(len(last)", ["torch.arange(len(last), )", "torch.arange(len(last), device=None)"]),
+    # an index may lie on the CPU
+    ("if routings else torch.zeros(())", ["torch.zeros((), )", "torch.zeros((), device=None)"]),
+    # a number on the CPU adds to one elsewhere
+    ("scatter(-1, likeliest, 1.0)", ["1.0 -> 2.0"]),  # normalised behind it
+    ("num_key_value_heads: int = 128", ["128 -> 129", "num_key_value_heads: int = None"]),
+    # config_values fills it in
+    ("last_hidden_state: Tensor", ['last_hidden_state: Tensor | None = ""']),  # always filled in
+    ("position).argmax(-1)", ["-1 -> +1"]),  # of two axes
+    ("None if key in needed else 1", ["None if (key in needed) or True else 1", "1 -> 2"]),
+    ("None if key in needed else 1", ["yarn.get(key, )", "yarn.get(key, None)"]),
+    # None and a number stand for a setting that is optional
+    ("sort(stable=True)", ["True -> False", "indices.flatten().sort()"]),  # put back in order later
+    ("capacity=0", ["0 -> 1"]),  # there is room for one token anyway
+    ("position_ids = torch.arange(past", ["torch.arange(past, past + T, device=None)"]),
+    ("position_ids = torch.arange(past", ["torch.arange(past, past + T, )"]),
+    # each layer takes the angles to its own device
+    ('yarn.get("factor", 1)', ["1 -> 2"]),  # without YaRN, mscale_all_dim is 0
+    ("zip(gates(layers), routings", ["zip(gates(layers), routings, )"]),
+    ("strict=True", ["True -> False"]),  # equal lengths by construction
+]
+
+
+class Mutant(NamedTuple):
+    line: int
+    where: str  # its class and function
+    operator: str
+    before: str
+    after: str
+    changed: str  # the whole file
+
+
+class Mutants(cst.CSTVisitor):
+    """All mutants of a source, in `found`; annotations, decorators and what errors say are left out."""
+
+    METADATA_DEPENDENCIES = (PositionProvider, WhitespaceInclusivePositionProvider)
+
+    def __init__(self, source):
+        self.source, self.found, self.within = source, [], []
+        self.starts = [0]
+        for line in source.splitlines(keepends=True):
+            self.starts.append(self.starts[-1] + len(line))
+        self.end = source[: source.index(LAST_SECTION)].count("\n") + 1
+
+    def offset(self, position):
+        return self.starts[position.line - 1] + position.column
+
+    def on_visit(self, node):
+        if isinstance(node, cst.Annotation | cst.Decorator | cst.Raise):
+            return False
+        if isinstance(node, cst.Call) and getattr(node.func, "value", "") in ("len", "isinstance"):
+            return False  # as mutmut does
+        if isinstance(node, cst.FunctionDef | cst.ClassDef):
+            self.within.append(node.name.value)
+        line = getattr(self.get_metadata(PositionProvider, node, None), "start", None)
+        if line and (line.line < self.end or self.within and self.within[0] in BEHIND):
+            for kind, operator in mutation_operators:
+                for mutant in operator(node) if isinstance(node, kind) else ():
+                    self.add(line.line, operator.__name__.removeprefix("operator_"), node, mutant)
+        return True
+
+    def on_leave(self, node):
+        if isinstance(node, cst.FunctionDef | cst.ClassDef):
+            self.within.pop()
+
+    def add(self, line, operator, node, mutant):
+        if operator == "string" and " " in node.value:  # what an error says
+            return
+        span = self.get_metadata(WhitespaceInclusivePositionProvider, node)
+        start, end = self.offset(span.start), self.offset(span.end)
+        code = cst.Module([]).code_for_node
+        changed = self.source[:start] + code(mutant) + self.source[end:]
+        before, after = code(node).strip(), code(mutant).strip()
+        self.found.append(Mutant(line, ".".join(self.within), operator, before, after, changed))
+
+
+class Chosen:
+    """A pytest plugin: run these tests in this order; on `record`, note what each enters and takes."""
+
+    def __init__(self, order=None, record=None):
+        self.order, self.record = order, record
+
+    def pytest_collection_modifyitems(self, items):
+        def wanted(item):
+            words = THINNED.get(item.path.stem)
+            return words is None or any(word in item.nodeid for word in words)
+
+        if self.order is None:
+            items[:] = [item for item in items if wanted(item)]
+        else:
+            by_id = {item.nodeid: item for item in items}
+            items[:] = [by_id[name] for name in self.order if name in by_id]
+
+    def note(self, key):
+        if self.record is None:
+            yield
+            return
+        entered = set()
+
+        def enter(frame, event, argument):
+            if event == "call" and frame.f_code.co_filename.endswith(FILE):
+                name = frame.f_code.co_qualname.replace(".<locals>", "")
+                if not frame.f_code.co_name[0].isupper():  # a class body is entered on import
+                    entered.add(name)
+
+        sys.settrace(enter)
+        began = time.perf_counter()
+        yield
+        sys.settrace(None)
+        seen, seconds = self.record.setdefault(key, [set(), 0.0])
+        self.record[key] = [seen | entered, seconds + time.perf_counter() - began]
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_setup(self, item):  # what a fixture enters counts for all tests of its file
+        yield from self.note(item.path.stem)
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_call(self, item):
+        yield from self.note(item.nodeid)
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_make_collect_report(self, collector):
+        yield from self.note(collector.path.stem)
+
+
+def in_a_fork(work, seconds):
+    """What `work` returns, JSON, of a fork of this process; None if it takes longer or dies."""
+    out, into = os.pipe()
+    child = os.fork()
+    if not child:
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1), os.dup2(quiet, 2), os.close(out)
+        try:
+            answer = json.dumps(work())
+            with os.fdopen(into, "w") as pipe:
+                pipe.write(answer)
+        finally:
+            os._exit(0)
+    os.close(into)
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    with os.fdopen(out) as pipe:
+        answer = pipe.read()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    os.waitpid(child, 0)
+    return json.loads(answer) if answer else None
+
+
+def run_tests(files, plugin, *options):
+    options = ["-q", "-p", "no:cacheprovider", "-W", "ignore", *options]
+    return int(pytest.main([*options, *files], plugins=[plugin]))
+
+
+def record(order=None):
+    """Run tests once: seconds and functions of each, and the modules that they import."""
+    seen = {}
+    failed = run_tests(test_files(), Chosen(order, seen))
+    seen = {key: [sorted(entered), seconds] for key, (entered, seconds) in seen.items()}
+    return failed, seen, [name for name in sys.modules if name.split(".")[0] in LIBRARIES]
+
+
+def test_files():
+    return [f"tests/test_{n}.py" for n in TESTS.split() if Path(f"tests/test_{n}.py").exists()]
+
+
+def covering(seen, where, budget):
+    """The tests that enter a function, in files: first those that enter little else, then quick ones.
+
+    They take `budget` seconds at most.
+    """
+    tests = [key for key in seen if "::" in key and seen[key][1] < SLOW]
+
+    def entered(key):
+        return {*seen[key][0], *seen[Path(key.split("::")[0]).stem][0]}
+
+    def enters(key):  # a method, or any of a class
+        return any(name == where or name.startswith(f"{where}.") for name in entered(key))
+
+    tests = [key for key in tests if enters(key)] or tests  # else a line of the module: all
+    files = collections.defaultdict(list)
+    for key in sorted(tests, key=lambda key: seen[key][1]):
+        files[key.split("::")[0]].append(key)
+    breadth = {name: sum(len(entered(key)) for key in files[name]) / len(files[name]) for name in files}
+    chosen, seconds = {}, 0.0
+    for name in sorted(files, key=breadth.get):
+        for key in files[name]:
+            seconds += seen[key][1]
+            if seconds < budget or "devices" in name:  # broad, but like no other
+                chosen.setdefault(name, []).append(key)
+    return list(chosen.items())
+
+
+def survives(groups):
+    """Whether no test fails, file by file."""
+    return all(run_tests([name], Chosen(keys), "-x") in (0, NOTHING_RUN) for name, keys in groups)
+
+
+def prepare():
+    """What each test enters and takes; and what they import is imported, for the forks to have."""
+    seen, order = {}, None
+    for _ in range(2):  # a second time those that seem slow: warm, as in a fork
+        failed, timed, modules = in_a_fork(lambda: record(order), 900)
+        assert failed in (0, NOTHING_RUN), "the tests fail without a mutant"
+        seen = timed | seen | {key: timed[key] for key in timed if "::" in key}
+        for name in modules:
+            with contextlib.suppress(Exception):  # an optional part of a library
+                importlib.import_module(name)
+        order = [key for key in seen if "::" in key and seen[key][1] >= SLOW]
+    shutil.rmtree("__pycache__", ignore_errors=True)
+    sys.dont_write_bytecode = True
+    assert in_a_fork(lambda: survives(covering(seen, "", math.inf)), 900), "a sound file is killed"
+    quick = [seconds for key, (_, seconds) in seen.items() if "::" in key and seconds < SLOW]
+    print(f"{len(quick)} tests of {sum(quick):.0f} s", flush=True)
+    return seen
+
+
+def equivalent(mutant, lines):
+    """Whether it is listed above as one that computes the same."""
+    shown = (mutant.after, f"{mutant.before} -> {mutant.after}")
+    return any(
+        part in lines[mutant.line - 1] and change in shown
+        for part, changes in EQUIVALENT
+        for change in changes
+    )
+
+
+def absolute(path):
+    return Path(path).resolve()
+
+
+def main():
+    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    options.add_argument("--sample", type=int, default=SAMPLE, help="mutants at random; 0: all")
+    options.add_argument("--seed", type=int, default=0, help="of the sample")
+    options.add_argument("--only", default="", help="only functions and classes with this in their name")
+    options.add_argument("--again", type=absolute, help="only what survived in this --log, all tests at once")
+    options.add_argument("--log", type=absolute, default=os.devnull, help="where a line of JSON a mutant goes")
+    options = options.parse_args()
+
+    source = (ROOT / FILE).read_text()
+    visitor = Mutants(source)
+    MetadataWrapper(cst.parse_module(source)).visit(visitor)
+    mutants = [mutant for mutant in visitor.found if options.only in mutant.where]
+    if options.again:
+        logged = [json.loads(line) for line in options.again.read_text().splitlines()]
+        alive = {tuple(one["mutant"]) for one in logged if one["survived"]}
+        mutants = [mutant for mutant in mutants if mutant[:5] in alive]
+    elif options.sample:
+        mutants = random.Random(options.seed).sample(mutants, len(mutants))[: options.sample]
+    print(f"{len(mutants)} of {len(visitor.found)} mutants", flush=True)
+
+    folder = Path(tempfile.mkdtemp(prefix="mutants"))
+    shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / FILE, folder)
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    seen = prepare()
+
+    def try_all(mutants, budget):
+        alive, began = [], time.time()
+        for number, mutant in enumerate(mutants, 1):
+            Path(FILE).write_text(mutant.changed)
+            groups = covering(seen, mutant.where, budget)
+            survived = in_a_fork(lambda groups=groups: survives(groups), PATIENCE) is True
+            alive += [mutant] if survived else []
+            with options.log.open("a") as log:
+                print(json.dumps({"mutant": mutant[:5], "survived": survived}), file=log)
+            if number % 50 == 0:
+                print(f"{number} in {time.time() - began:.0f} s, {len(alive)} survive", flush=True)
+        return alive
+
+    lines = source.splitlines()
+    equal = [mutant for mutant in mutants if equivalent(mutant, lines)]
+    tried = [mutant for mutant in mutants if not equivalent(mutant, lines)]
+    alive = tried if options.again else try_all(tried, BUDGET)
+    alive = try_all(alive, math.inf)  # what the nearest tests let pass meets all of them
+    shutil.rmtree(folder)
+
+    for mutant in alive:
+        print(f"survives: {mutant.line} {mutant.where}: {mutant.before}  ->  {mutant.after}")
+    titles = {i: text for i, text in enumerate(lines, 1) if text.startswith("# ---- ")}
+
+    def by_section(some):
+        found = (max(i for i in titles if i <= mutant.line) for mutant in some)
+        return collections.Counter(titles[i][7:].partition(" —")[0].strip("- ") for i in found)
+
+    counts = [by_section(some) for some in (mutants, alive, equal)]
+    for title in counts[0]:
+        print("{:5} mutants {:4} survive {:4} equivalent  {}".format(*(c[title] for c in counts), title))
+    killed, every = len(tried) - len(alive), max(1, len(mutants))
+    print(f"{killed} of {len(mutants)} killed: {killed / every:.1%}, or", end=" ")
+    print(f"{killed / max(1, len(tried)):.1%} of those that change anything that can be seen")
+
+
+if __name__ == "__main__":
+    main()
