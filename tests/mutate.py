@@ -37,7 +37,7 @@ FILE = "deepseek_v3.py"
 
 # What is mutated: sections 1 to 9, and of the sections behind them the parts by these names.
 LAST_SECTION = "# ---- 10."
-BEHIND = "Sampling stop_ids config_values check_config check_yarn Linear blocks_of spread dequantise"
+BEHIND = "Sampling stop_ids config_values check_config check_field check_yarn Linear blocks_of spread dequantise"
 BEHIND = {*BEHIND.split(), "quantise", "released_in_fp8"}
 
 # Whose tests run, fast ones only: a slow test that would kill one more mutant is not counted.
@@ -57,8 +57,8 @@ THINNED = {  # files with one test for many shapes: those that are run, by words
 
 # Mutants that compute the same, looked at one by one: part of the line, what comes out, and why.
 EQUIVALENT = [
-    ("get_close_matches(key, names, n=1", ["difflib.get_close_matches(key, names, cutoff=0.9)"]),
-    ("get_close_matches(key, names, n=1", ["1 -> 2"]),  # the first match raises
+    ("get_close_matches(key, fields, n=1", ["difflib.get_close_matches(key, fields, cutoff=0.9)"]),
+    ("get_close_matches(key, fields, n=1", ["1 -> 2"]),  # the first match raises
     ('"bhtc,bsc->bhts"', ['"BHTC,BSC->BHTS"']),  # letters of an einsum, upper case
     ('"bhts,bsc->bhtc"', ['"BHTS,BSC->BHTC"']),
     ('"bhtc,hvc->bthv"', ['"BHTC,HVC->BTHV"']),
