@@ -11,13 +11,15 @@ token costs 1/n of a step that gained n tokens.
 """
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 
-from deepseek_v3 import Corpus, DeepseekV3ForCausalLM, Sampling
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from deepseek_v3 import Corpus, DeepseekV3ForCausalLM, Sampling  # noqa: E402
 
 DRAFTS = (0, 1, 2, 4)  # 0: plain decoding
 

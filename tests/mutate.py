@@ -41,7 +41,7 @@ BEHIND = "Sampling stop_ids config_values check_config check_field check_yarn Li
 BEHIND = {*BEHIND.split(), "quantise", "released_in_fp8"}
 
 # Whose tests run, fast ones only: a slow test that would kill one more mutant is not counted.
-TESTS = "config moe attention mtp heads generate fp8 published devices transformers drafting"
+TESTS = "config moe attention mtp heads generate fp8 published devices transformers drafting bad_input"
 SLOW = 2.0  # seconds of a test beyond which it is left out
 BUDGET = 10  # seconds of the tests that a mutant meets first, the nearest
 PATIENCE = 300  # seconds for one mutant

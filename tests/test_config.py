@@ -1,5 +1,6 @@
 """The config: released files read as they are, and what cannot work is refused by name."""
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -379,3 +380,23 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_wrong_value_in_a_file_is_named(tmp_path):
     with pytest.raises(ValueError, match="topk_group=3"):
         DeepseekV3Config.from_pretrained(write(tmp_path, MOONLIGHT | {"topk_group": 3}))
+
+
+def test_experts_of_all_layers_together_have_a_bound():
+    """A checkpoint has a tensor for each expert of each layer: a million of them is far beyond use."""
+    sizes = {"num_hidden_layers": 9, "num_nextn_predict_layers": 1, "n_group": 1, "topk_group": 1}
+    assert DeepseekV3Config(**sizes, n_routed_experts=100_000).n_routed_experts == 100_000
+    with pytest.raises(ValueError, match="n_routed_experts=100001: must be at most 100000"):
+        DeepseekV3Config(**sizes, n_routed_experts=100_001)
+
+
+@pytest.mark.parametrize("quantization", ["fp8", {"quant_method": "int4"}, {"weight_block_size": [64, 64]}])
+def test_a_quantization_that_is_not_the_released_one_is_refused(quantization):
+    with pytest.raises(ValueError, match="quantization_config=.*as released.*128"):
+        DeepseekV3Config.tiny(quantization_config=quantization)
+
+
+@pytest.mark.parametrize(("factor", "works"), [(1e-6, True), (1e9, True), (9e-7, False), (1.1e9, False)])
+def test_yarn_numbers_have_bounds(factor, works):
+    with contextlib.nullcontext() if works else pytest.raises(ValueError, match="factor"):
+        DeepseekV3Config(rope_scaling=YARN | {"factor": factor})
