@@ -884,18 +884,18 @@ def check_inputs(input_ids, inputs_embeds, config):
     """ValueError unless there is exactly one of tokens (B, T) and embeddings (B, T, D)."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
-    given, integers = (inputs_embeds, False) if input_ids is None else (input_ids, True)
-    name = "input_ids" if integers else "inputs_embeds"
-    right = "int64 or int32 (B, T)" if integers else f"floats (B, T, {config.hidden_size})"
-    fits = isinstance(given, Tensor) and given.numel() > 0
-    if integers:
-        fits = fits and given.ndim == 2 and given.dtype in (torch.int64, torch.int32)
+    if input_ids is not None:
+        name, given, right = "input_ids", input_ids, "int64 or int32 (B, T)"
+        fits = isinstance(given, Tensor) and given.ndim == 2
+        fits = fits and given.dtype in (torch.int64, torch.int32)
     else:
-        fits = fits and given.ndim == 3 and given.shape[2] == config.hidden_size
-        fits = fits and given.is_floating_point()
-    if not fits:
+        D = config.hidden_size
+        name, given, right = "inputs_embeds", inputs_embeds, f"floats (B, T, {D})"
+        fits = isinstance(given, Tensor) and given.ndim == 3
+        fits = fits and given.is_floating_point() and given.shape[2] == D
+    if not fits or given.numel() == 0:
         raise ValueError(f"{name}: {described(given)}: must be {right}, with a token or more")
-    if integers:
+    if input_ids is not None:
         check_ids(name, given, config.vocab_size)
 
 def check_context(model, x, attention_mask, position_ids, cache):
@@ -1588,10 +1588,7 @@ def load_pretrained(
         model = cls(config)
     sources = released_names(model, whole.num_hidden_layers)
     check_coverage(model, stored, sources, whole)
-    for copy, of in mtp_copies(model, whole.num_hidden_layers).items():
-        both = (stored.read(n).view(torch.uint8) for n in (copy, of) if copy in stored.files)
-        if copy in stored.files and not torch.equal(*both):
-            raise ValueError(f"{copy}: differs from {of}, of which it must be a copy")
+    check_copies(stored, mtp_copies(model, whole.num_hidden_layers))
     kinds = held_kinds(model, sources, stored, dtype)
     sizes = {name: held_bytes(find_tensor(model, name), kind) for name, kind in kinds.items()}
     devices = assign_devices(model, sizes, device_map, max_memory)
@@ -1652,6 +1649,13 @@ def check_coverage(model, stored, sources, whole):
     if wrong:
         more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         raise ValueError(f"{stored.directory}: {'; '.join(sorted(wrong)[:10])}{more}")
+
+def check_copies(stored, copies):
+    """ValueError for a repeated embedding or head that is not the one that is kept."""
+    for copy, of in copies.items():
+        both = (stored.read(name).view(torch.uint8) for name in (copy, of) if copy in stored.files)
+        if copy in stored.files and not torch.equal(*both):
+            raise ValueError(f"{copy}: differs from {of}, of which it must be a copy")
 
 def held_kinds(model, sources, stored, dtype=None):
     """{name: dtype it is held in}: `dtype`, or the widest stored; FP8 where there is room for scales."""
@@ -1746,6 +1750,10 @@ def parse_device(device, asked_by="device_map"):
         raise ValueError(f"{asked_by}: {device} is no device here ({why})") from None
     return device
 
+def memory_size():
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
 def free_memory(max_memory):
     """{device: bytes to use}: as given, or what GPUs and memory have free, and then the disk."""
     if not isinstance(max_memory, dict | None):
@@ -1754,8 +1762,7 @@ def free_memory(max_memory):
         return {device: parse_size("max_memory", size) for device, size in max_memory.items()}
     gpus = range(torch.cuda.device_count())
     room = {i: torch.cuda.mem_get_info(i)[0] * 9 // 10 for i in gpus}  # a tenth for activations
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 8 // 10
-    return room | {"cpu": memory, "disk": math.inf}
+    return room | {"cpu": memory_size() * 8 // 10, "disk": math.inf}
 
 def unit_sizes(model, sizes):
     """Bytes of each unit, a layer's with a cache of full length, and what dequantising takes beside."""
@@ -2025,11 +2032,11 @@ def simulate_fp8(model):
             module.register_forward_pre_hook(lambda m, args: (through_fp8(args[0], 1),))
             module.register_forward_hook(lambda m, args, out: round_gradient(out))
 
-def start_processes(options):
+def start_processes(device):
     """This process's rank, how many there are, and its device; one process on a CPU starts none."""
     import torch.distributed as dist
 
-    device = parse_device(options.device, "--device")
+    device = parse_device(device, "--device")
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:  # set by torchrun
         if device.type == "cuda":
@@ -2039,12 +2046,6 @@ def start_processes(options):
     elif device.type == "cuda":
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    parts = world * options.accumulate
-    if options.batch % parts:
-        raise ValueError(f"--batch {options.batch}: must be a multiple of {parts}, its parts")
-    if options.config is not None:
-        read = DeepseekV3Config.from_pretrained
-        check_memory(read(options.config, vocab_size=options.vocab_size))
     return rank, world, device
 
 def shard(model, device):
@@ -2060,14 +2061,21 @@ def shard(model, device):
             fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(*kinds))
     return model
 
-def check_memory(config):
-    """ValueError for a model of which embeddings and experts alone are more than the memory there is."""
+def check_training(options, world):
+    """ValueError for options that cannot work together or on this machine, before anything is written."""
+    parts = world * options.accumulate
+    if options.batch % parts:
+        raise ValueError(f"--batch {options.batch}: must be a multiple of {parts}, its parts")
+    if options.config is None:
+        return
+    config = DeepseekV3Config.from_pretrained(options.config, vocab_size=options.vocab_size)
     layers = max(0, config.num_hidden_layers - config.first_k_dense_replace)
     width = config.n_routed_experts * config.moe_intermediate_size
-    size = 4 * config.hidden_size * (2 * config.vocab_size + 3 * width * layers) / 2**30
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    if size > memory:
-        raise ValueError(f"--config: over {size:.0f} GiB of weights, of memory {memory:.0f} GiB")
+    # Embeddings and experts alone: every process builds the whole model before it is split.
+    size = 4 * config.hidden_size * (2 * config.vocab_size + 3 * width * layers)
+    if size > memory_size():
+        have = f"{memory_size() / 2**30:.0f} GiB"
+        raise ValueError(f"--config: over {size / 2**30:.0f} GiB of weights, of memory {have}")
 
 def prepare_data(options):
     """Make tokenizer.json and tokens.bin in options.out, once: a resumed run finds them there.
@@ -2112,7 +2120,8 @@ class Trainer:
 
     def __init__(self, options):
         self.options, self.out, self.step, self.position = options, Path(options.out), 0, 0
-        self.rank, self.world, self.device = start_processes(options)
+        self.rank, self.world, self.device = start_processes(options.device)
+        check_training(options, self.world)
         if self.rank == 0:
             prepare_data(options)
         self.wait()
@@ -2438,7 +2447,25 @@ def parser():
     """The command line, a sub-command for each function above."""
     main = Parser(prog="deepseek_v3.py", description="Train and run DeepSeek-V3.")
     commands = main.add_subparsers(dest="command", required=True)
-    count, part, seed = within(1, 1e9), within(0, 1, float), within(0, 1e12)
+    add_train(commands)
+    run = commands.add_parser("generate", help="continue a prompt")
+    run.add_argument("directory", help="checkpoint folder")
+    run.add_argument("prompt")
+    run.add_argument("--chat", action="store_true", help="answer, by the model's chat template")
+    run.add_argument("--max-new-tokens", type=within(0, 1e12), default=200)
+    run.add_argument("--temperature", type=within(0, 1e6, float), default=0.7, help="0: greedy")
+    run.add_argument("--seed", type=within(0, 1e12), default=0)
+    run.add_argument("--mtp", action="store_true", help="draft with the MTP modules: fewer steps")
+    run.add_argument("--draft-tokens", type=within(1, 1000), help="a step; default: one a module")
+    info = commands.add_parser("info", help="parameters, bytes and FLOPs of a model")
+    info.add_argument("path", help="checkpoint folder or config.json")
+    info.add_argument("--gpus", type=within(1, 1e5), help="show how it would lie on so many GPUs")
+    info.add_argument("--gpu-memory", type=within(0.1, 1e6, float), default=80, help="GiB of each")
+    return main
+
+def add_train(commands):
+    """The flags of training."""
+    count, part = within(1, 1e9), within(0, 1, float)
     train = commands.add_parser("train", help="train a model from scratch, on text")
     train.add_argument("--data", help="text file or folder (default: Python's standard library)")
     train.add_argument("--config", help="config.json of the model (default: the tiny one)")
@@ -2459,22 +2486,8 @@ def parser():
     train.add_argument("--save-every", type=count, default=250, help="steps between states")
     train.add_argument("--keep", type=count, default=2, help="states to keep")
     train.add_argument("--resume", action="store_true", help="go on from the newest state in --out")
-    train.add_argument("--seed", type=seed, default=0)
+    train.add_argument("--seed", type=within(0, 1e12), default=0)
     train.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    run = commands.add_parser("generate", help="continue a prompt")
-    run.add_argument("directory", help="checkpoint folder")
-    run.add_argument("prompt")
-    run.add_argument("--chat", action="store_true", help="answer, by the model's chat template")
-    run.add_argument("--max-new-tokens", type=within(0, 1e12), default=200)
-    run.add_argument("--temperature", type=within(0, 1e6, float), default=0.7, help="0: greedy")
-    run.add_argument("--seed", type=seed, default=0)
-    run.add_argument("--mtp", action="store_true", help="draft with the MTP modules: fewer steps")
-    run.add_argument("--draft-tokens", type=within(1, 1000), help="a step; default: one a module")
-    info = commands.add_parser("info", help="parameters, bytes and FLOPs of a model")
-    info.add_argument("path", help="checkpoint folder or config.json")
-    info.add_argument("--gpus", type=within(1, 1e5), help="show how it would lie on so many GPUs")
-    info.add_argument("--gpu-memory", type=within(0.1, 1e6, float), default=80, help="GiB of each")
-    return main
 
 def main(arguments=None):
     """Run a command; a bad argument or file is one line on stderr and exit status 2."""
