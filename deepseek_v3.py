@@ -317,8 +317,7 @@ class MLA(nn.Module):
             q = self.q_b_proj(c_q)
         q = q.unflatten(-1, (self.H, self.N + self.R))  # (B, T, H, N + R)
         q_nope, q_rope = q.split([self.N, self.R], -1)  # (B, T, H, N), (B, T, H, R) Eq. 7
-        q_rope = apply_rope(q_rope, rope)  # (B, T, H, R) Eq. 8
-        return q_nope, q_rope
+        return q_nope, apply_rope(q_rope, rope)  # (B, T, H, N), (B, T, H, R) Eq. 8
 
     def absorbing_is_cheaper(self, T, S):
         """Which order of the same products takes fewer multiply-adds a head.
@@ -327,8 +326,7 @@ class MLA(nn.Module):
         and T·C·(N + V) to take queries into the latent space and results out. As released, with a
         long cache, absorbing wins below 171 new tokens: decoding absorbs, training (T = S) expands.
         """
-        saved = self.C * (self.N + self.V)
-        return T * S * (2 * self.C - self.N - self.V) < saved * (S - T)
+        return T * S * (2 * self.C - self.N - self.V) < self.C * (self.N + self.V) * (S - T)
 
     def attend_expanded(self, q_nope, q_rope, latent, pattern):
         """Attention with keys and values made from the latents (B, S, C + R) -> (B, T, H, V)."""
@@ -344,8 +342,7 @@ class MLA(nn.Module):
         v = F.pad(v, (0, max(0, self.N + self.R - self.V))).transpose(1, 2)
         causal = pattern is None and q.shape[2] > 1
         out = F.scaled_dot_product_attention(q, k, v, pattern, 0.0, causal, scale=self.scale)
-        out = out[..., : self.V].transpose(1, 2)  # (B, T, H, V) Eq. 10
-        return out
+        return out[..., : self.V].transpose(1, 2)  # (B, T, H, V) Eq. 10
 
     def attend_absorbed(self, q_nope, q_rope, latent, pattern):
         """The same inside the latent space (V2 App. C); latent (B, S, C + R) -> (B, T, H, V).
@@ -353,15 +350,17 @@ class MLA(nn.Module):
         q·(W^UK c) = (W^UKᵀ q)·c: the up-projection of keys moves into the query, that of values into
         the output, and all heads share the cached latent as one key and value, read once.
         """
+        B, T = q_nope.shape[:2]
         w_kv = self.kv_b_proj.full_weight(latent.dtype).unflatten(0, (self.H, self.N + self.V))  # (H, N + V, C)
         w_uk, w_uv = w_kv.split([self.N, self.V], 1)  # (H, N, C), (H, V, C)
-        q_latent = torch.einsum("bthn,hnc->bhtc", q_nope, w_uk)  # (B, H, T, C)
-        q = torch.cat([q_latent, q_rope.transpose(1, 2)], -1)  # (B, H, T, C + R)
-        scores = torch.einsum("bhtc,bsc->bhts", q, latent) * self.scale  # (B, H, T, S)
-        probs = self.softmax(scores, pattern).to(latent.dtype)  # (B, H, T, S)
-        o_latent = torch.einsum("bhts,bsc->bhtc", probs, latent[..., : self.C])  # (B, H, T, C)
-        out = torch.einsum("bhtc,hvc->bthv", o_latent, w_uv)  # (B, T, H, V) Eq. 10
-        return out
+        q_latent = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), w_uk).unflatten(1, (B, T))  # (H, B, T, C)
+        q = torch.cat([q_latent, q_rope.permute(2, 0, 1, 3)], -1) * self.scale  # (H, B, T, C + R)
+        # Latents are the rows of this product: a CPU reads them a third faster than as columns.
+        scores = torch.bmm(latent, q.transpose(0, 1).flatten(1, 2).mT)  # (B, S, H*T)
+        probs = self.softmax(scores.mT.unflatten(1, (self.H, T)), pattern).to(latent.dtype)  # (B, H, T, S)
+        o_latent = torch.bmm(probs.flatten(1, 2), latent[..., : self.C]).unflatten(1, (self.H, T))  # (B, H, T, C)
+        out = torch.bmm(o_latent.transpose(0, 1).flatten(1, 2), w_uv.mT)  # (H, B*T, V)
+        return out.transpose(0, 1).unflatten(0, (B, T))  # (B, T, H, V) Eq. 10
 
 # ---- 5. DeepSeekMoE — §2.1.2, Eqs. 12–16 --------------------------------------------------------
 
@@ -430,20 +429,6 @@ class Router(nn.Module):
         # -inf and not 0: biased scores can be negative, and 0 would win.
         return grouped.masked_fill(outside.unsqueeze(-1), -math.inf).flatten(-2)
 
-def grouped_linear(x, weight, ends, scale_inv=None):
-    """Each expert's map on its own rows; x (rows, in) by expert, weight (E, out, in) -> (rows, out)."""
-    aligned = all(x.element_size() * width % 16 == 0 for width in weight[0].shape)
-    taken = aligned and getattr(weight, "dtype", None) == x.dtype in (torch.float32, torch.bfloat16)
-    if taken and (x.is_cuda or x.requires_grad or len(x) >= len(weight)):
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
-    # Expert by expert, those with rows: what the kernel does not take (FP8, a list on disk, odd
-    # widths), and decoding on a CPU, where it would spend its time on the many without.
-    row, scales = [0, *ends.tolist()], [None] * len(weight) if scale_inv is None else scale_inv
-    hit = [e for e in range(len(weight)) if row[e] < row[e + 1]]
-    return torch.cat(
-        [F.linear(x[row[e] : row[e + 1]], dequantise(weight[e], scales[e], x.dtype)) for e in hit]
-    )
-
 class Experts(nn.Module):
     """All routed experts of a layer, stacked along a first axis; x (B, T, D) -> (B, T, D)."""
 
@@ -453,25 +438,42 @@ class Experts(nn.Module):
         self.gate_proj = nn.Parameter(torch.empty(E, width, D))
         self.up_proj = nn.Parameter(torch.empty(E, width, D))
         self.down_proj = nn.Parameter(torch.empty(E, D, width))
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            self.register_parameter(f"{name}_scale_inv", None)  # of FP8: section 12
+        for name in EXPERT_MAPS:
+            self.register_parameter(name + "_scale_inv", None)  # of FP8: section 12
+        self.grouped_mm = F.grouped_mm  # section 13 rounds what goes in
 
     def forward(self, x, indices, weights):
-        # The visits, sorted by expert: each expert's rows lie together, as one grouped product.
+        # The visits, sorted by expert: those of one expert lie together.
         expert, order = indices.flatten().sort(stable=True)  # (B*T*K), (B*T*K)
-        every = torch.arange(len(self.gate_proj), device=x.device)
-        ends = torch.searchsorted(expert, every, right=True, out_int32=True)  # (E)
-        rows = x.flatten(0, 1)[order // indices.shape[-1]]  # (B*T*K, D)
-        gate = self.product("gate_proj", rows, ends)  # (B*T*K, F)
-        hidden = F.silu(gate) * self.product("up_proj", rows, ends)  # (B*T*K, F)
-        sorted_visits = self.product("down_proj", hidden, ends)  # (B*T*K, D)
-        visits = torch.empty_like(sorted_visits).index_copy_(0, order, sorted_visits)
-        visits = visits.unflatten(0, indices.shape)  # (B, T, K, D)
-        out = (visits * weights.unsqueeze(-1)).sum(-2)  # (B, T, D) Eq. 12: the routed sum
-        return out.to(x.dtype)
+        kernel = (x.is_cuda or x.requires_grad) and kernel_takes(self.gate_proj, x)  # section 12
+        work = self.all_at_once if kernel else self.one_by_one
+        out = work(x.flatten(0, 1), expert, order, weights.flatten(0, 1))  # (B*T, D)
+        return out.to(x.dtype).view_as(x)
 
-    def product(self, name, x, ends):
-        return grouped_linear(x, getattr(self, name), ends, getattr(self, name + "_scale_inv"))
+    def all_at_once(self, x, expert, order, weights):
+        """Grouped products; x (B*T, D), weights (B*T, K) -> (B*T, D)."""
+        every = torch.arange(len(self.gate_proj), device=x.device)
+        ends = torch.searchsorted(expert, every, right=True, out_int32=True)  # (E) of its rows
+        product = partial(self.grouped_mm, offs=ends)
+        rows = x[order // weights.shape[-1]]  # (B*T*K, D)
+        hidden = F.silu(product(rows, self.gate_proj.mT)) * product(rows, self.up_proj.mT)
+        visits = product(hidden, self.down_proj.mT)  # (B*T*K, D)
+        visits = torch.empty_like(visits).index_copy_(0, order, visits).unflatten(0, weights.shape)
+        return (visits * weights.unsqueeze(-1)).sum(-2)  # (B*T, D) Eq. 12
+
+    def one_by_one(self, x, expert, order, weights):
+        """The same in a loop: for what no kernel takes, and as fast on a CPU but for gradients."""
+        hit, counts = (found.tolist() for found in expert.unique_consecutive(return_counts=True))
+        tokens = (order // weights.shape[-1]).split(counts)
+        weights = weights.flatten()[order].unsqueeze(-1).split(counts)
+        maps = [(getattr(self, name), getattr(self, name + "_scale_inv")) for name in EXPERT_MAPS]
+        out = torch.zeros_like(x, dtype=weights[0].dtype)
+        for e, token, weight in zip(hit, tokens, weights, strict=True):
+            gate, up, down = (dequantise(w[e], s if s is None else s[e], x.dtype) for w, s in maps)
+            rows = x.index_select(0, token)
+            visits = linear(F.silu(linear(rows, gate)) * linear(rows, up), down)  # section 12
+            out.index_add_(0, token, visits * weight)  # Eq. 12
+        return out
 
 class MoE(nn.Module):
     """Shared experts for every token, K routed ones by choice, Eq. 12; x (B, T, D) -> (B, T, D)."""
@@ -505,8 +507,7 @@ class Block(nn.Module):
 
     def forward(self, x, rope, pattern, cache=None):
         x = x + self.self_attn(self.input_layernorm(x), rope, pattern, cache)
-        x = x + self.mlp(self.post_attention_layernorm(x))
-        return x
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 class MTPBlock(Block):
     """MTP module of depth k: row i joins h_i with the embedding of token i+k, predicts token i+k+1.
@@ -1389,6 +1390,7 @@ def write_json(path, content):
 # FP8 weights: found by their dtype, never by name. The scale of a 128 x 128 block *multiplies* it, in
 # spite of its name; blocks at the lower and right edge may be smaller.
 FP8, BLOCK, SCALE = torch.float8_e4m3fn, 128, "_scale_inv"
+EXPERT_MAPS = ("gate_proj", "up_proj", "down_proj")
 QUANTIZATION = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}
 QUANTIZATION |= {"activation_scheme": "dynamic"}
 KINDS = {"F8_E4M3": FP8, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -1404,8 +1406,31 @@ class Linear(nn.Linear):
         return dequantise(self.weight, self.weight_scale_inv, dtype)
 
     def forward(self, x):
-        y = F.linear(x.to(self.weight.device), self.full_weight(x.dtype), self.bias)
+        y = linear(x.to(self.weight.device), self.full_weight(x.dtype), self.bias)
         return y.to(x.device)
+
+def linear(x, weight, bias=None):
+    """F.linear, in other steps where a CPU multiplies one to four float32 rows by a large weight.
+
+    There the library behind torch works on one core and reads the weight at a third of the rate that
+    torch's own sums do; with these steps decoding takes two thirds of the time (tests/benchmark.py).
+    """
+    rows = x.numel() // x.shape[-1]
+    if not 0 < rows <= 4 or weight.numel() < 2**17 or x.dtype != torch.float32 or not x.is_cpu:
+        return F.linear(x, weight, bias)
+    if rows == 1 and weight.numel() <= 2**20:  # so that the products stay in the cache
+        y = (weight * x.flatten()).sum(-1)
+    else:  # the outputs in parts, for the cores to share
+        parts = weight.view(math.gcd(len(weight), 8), -1, x.shape[-1])
+        y = (x.reshape(rows, -1) @ parts.mT).transpose(0, 1)
+    y = y.reshape(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
+
+def kernel_takes(weight, x):
+    """Whether F.grouped_mm multiplies x by a stack of experts: not in FP8, on disk, of odd widths."""
+    if getattr(weight, "dtype", None) != x.dtype or x.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    return all(x.element_size() * width % 16 == 0 for width in weight[0].shape)
 
 def blocks_of(shape):
     """Shape of the scales of a weight; (576, 7168) -> (5, 56)."""
@@ -2020,13 +2045,15 @@ def simulate_fp8(model):
     head, router, norms and attention itself keep their precision; products add up in float32.
     """
 
-    def product(module, name, x, ends):
-        weight = through_fp8(getattr(module, name), BLOCK)
-        return round_gradient(grouped_linear(through_fp8(x, 1), weight, ends))
+    def grouped_mm(x, weights, offs):
+        out = F.grouped_mm(through_fp8(x, 1), through_fp8(weights, BLOCK), offs=offs)
+        return round_gradient(out)
 
     for name, module in model.named_modules():
         if isinstance(module, Experts):
-            module.product = partial(product, module)
+            if not kernel_takes(module.gate_proj, module.gate_proj):
+                raise ValueError("FP8: hidden_size, moe_intermediate_size: no multiples of 8")
+            module.grouped_mm, module.one_by_one = grouped_mm, module.all_at_once
         elif isinstance(module, Linear) and released_in_fp8(name, module.weight):
             module.full_weight = lambda dtype, m=module: through_fp8(m.weight, BLOCK).to(dtype)
             module.register_forward_pre_hook(lambda m, args: (through_fp8(args[0], 1),))

@@ -10,8 +10,8 @@ from checkpoints import INDEX, RAGGED, ragged, read, released_layout, write
 from helpers import FP8, V31, router_biases, tiny, tokens
 from torch.distributed.checkpoint.quantized_hf_storage import QuantizedHuggingFaceStorageReader
 
-from deepseek_v3 import DeepseekV3ForCausalLM, Linear, blocks_of, dequantise, grouped_linear
-from deepseek_v3 import quantise, released_in_fp8
+from deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM, Experts, Linear
+from deepseek_v3 import blocks_of, dequantise, quantise, released_in_fp8
 
 E4M3 = torch.float8_e4m3fn
 # One block, the released 576 rows, what transformers mis-scales, one more and one less than a block.
@@ -104,13 +104,22 @@ def test_a_layer_in_fp8_answers_in_the_dtype_of_its_input(dtype, bias):
 
 
 def test_each_expert_in_fp8_has_its_own_scales():
-    weights = [quantise(random(130, 140, seed=e) * 10**e) for e in range(3)]
-    codes, scales = (torch.stack(parts) for parts in zip(*weights, strict=True))
-    x, ends = random(5, 140), torch.tensor([2, 2, 5], dtype=torch.int32)  # nobody visits the second
-    found = grouped_linear(x, codes, ends, scales)
-    for rows, e in ((slice(0, 2), 0), (slice(2, 5), 2)):
-        full = dequantise(codes[e], scales[e], torch.float32)
-        torch.testing.assert_close(found[rows], x[rows] @ full.T)
+    config = DeepseekV3Config.tiny(
+        hidden_size=140, moe_intermediate_size=130, n_routed_experts=3, num_experts_per_tok=1,
+        n_group=1, topk_group=1,
+    )
+    experts, plain = Experts(config), Experts(config)
+    for i, name in enumerate(("gate_proj", "up_proj", "down_proj")):
+        stack = getattr(experts, name)
+        weights = [quantise(random(*stack[0].shape, seed=3 * i + e) * 2**e) for e in range(3)]
+        codes, scales = (torch.stack(parts) for parts in zip(*weights, strict=True))
+        setattr(experts, name, torch.nn.Parameter(codes, requires_grad=False))
+        setattr(experts, name + "_scale_inv", torch.nn.Parameter(scales))
+        full = torch.stack([dequantise(*one, torch.float32) for one in weights])
+        setattr(plain, name, torch.nn.Parameter(full))
+    indices = torch.tensor([0, 2])[random(1, 9, 1).gt(0).long()]  # nobody visits the second
+    visits = random(1, 9, 140, seed=9), indices, torch.ones(1, 9, 1)
+    torch.testing.assert_close(experts(*visits), plain(*visits))
 
 
 @pytest.mark.parametrize(

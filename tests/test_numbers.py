@@ -12,7 +12,7 @@ import torch
 from helpers import build, router_biases, tokens
 
 import deepseek_v3
-from deepseek_v3 import DeepseekV3ForCausalLM
+from deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM
 
 HERE = Path(__file__).parent
 
@@ -170,3 +170,61 @@ def test_many_rows_and_long_contexts_take_bounded_memory():
     assert run.returncode == 0, run.stderr
     peaks = json.loads(run.stdout)
     assert max(peaks.values()) < 600, f"MiB: {peaks}"
+
+
+# ---- Products of a few rows on a CPU --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(512, 256), (257, 600), (1031, 1024), (40, 30)], ids=str)
+@pytest.mark.parametrize("rows", [(0,), (1,), (1, 1), (2,), (2, 2), (5,)], ids=str)
+def test_a_product_of_few_rows_is_the_product(rows, shape, bias):
+    """Large and small weights, an odd number of outputs, and results and gradients of each way."""
+    generator = torch.Generator().manual_seed(0)
+    n_out, n_in = shape
+    given = [torch.randn(*size, generator=generator) for size in ((*rows, n_in), shape, (n_out,))]
+    given = given if bias else given[:2]
+    found, exact = ([v.clone().to(d).requires_grad_() for v in given] for d in (torch.float32, torch.float64))
+    y, expected = deepseek_v3.linear(*found), torch.nn.functional.linear(*exact)
+    assert y.shape == (*rows, n_out) and y.dtype == torch.float32
+    y.square().sum().backward(), expected.square().sum().backward()
+    grads = ((a.grad, b.grad) for a, b in zip(found, exact, strict=True))
+    for a, b in [(y, expected), *grads]:
+        close = 1e-5 * b.abs().max().item() if b.numel() else 0
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=close)
+
+
+@pytest.mark.parametrize(
+    ("rows", "shape", "dtype", "plain"),
+    [
+        (1, (512, 256), torch.float32, False),
+        (4, (512, 256), torch.float32, False),
+        (5, (512, 256), torch.float32, True),
+        (1, (511, 256), torch.float32, True),  # small
+        (1, (512, 256), torch.bfloat16, True),
+        (1, (512, 256), torch.float64, True),
+    ],
+    ids=str,
+)
+def test_few_rows_by_a_large_weight_go_another_way(monkeypatch, rows, shape, dtype, plain):
+    """Both ways give the same, in other times: so the calls are counted."""
+    calls, linear = [], torch.nn.functional.linear
+    monkeypatch.setattr(
+        torch.nn.functional, "linear", lambda *a: (calls.append(1), linear(*a))[1]
+    )
+    deepseek_v3.linear(torch.ones(rows, shape[1], dtype=dtype), torch.ones(*shape, dtype=dtype))
+    assert len(calls) == plain
+
+
+def test_decoding_by_large_weights_is_reading_the_prompt_at_once():
+    """The ways that small models, and so most tests, do not take."""
+    wide = dict(hidden_size=512, moe_intermediate_size=256, intermediate_size=512, vocab_size=4096)
+    torch.manual_seed(0)
+    model = DeepseekV3ForCausalLM(DeepseekV3Config.tiny(**wide, num_hidden_layers=2)).eval()
+    ids = torch.randint(0, 4096, (1, 8), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole, cache, parts = model(ids).logits, deepseek_v3.LatentCache(), []
+        for size in (1, 1, 3, 2, 1):  # a token, and a token with its drafts
+            chunk = ids[:, cache.length : cache.length + size]
+            parts.append(model(chunk, past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)

@@ -39,6 +39,7 @@ DOCSTRING = ast.get_docstring(TREE)
 FUNCTIONS = [node for node in ast.walk(TREE) if isinstance(node, ast.FunctionDef)]
 CLASSES = [node for node in ast.walk(TREE) if isinstance(node, ast.ClassDef)]
 ASSIGNMENTS = (ast.Assign, ast.AnnAssign, ast.AugAssign)
+RETURNED = "return"  # in place of a variable's name
 
 
 def comments_of(source):
@@ -68,7 +69,7 @@ SHAPES = re.compile(r"\([^()]*\)(, \([^()]*\))*")
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A comment on an assignment: a shape for each target, an axis is an expression in LETTERS."""
+    """A comment on an assignment or return: a shape for each value, its axes in LETTERS."""
 
     text: str
     lines: range
@@ -116,11 +117,14 @@ def read_claims(source):
         lines = range(node.lineno, end)
         for text in [comments[n] for n in lines if comments.get(n, "").startswith("(")]:
             shapes, where = parse_shapes(text), f"line {node.lineno}: # {text}"
-            if not isinstance(node, ASSIGNMENTS):
-                malformed += [f"{where} — stands on no assignment"] if shapes else []
+            if not isinstance(node, (*ASSIGNMENTS, ast.Return)):
+                malformed += [f"{where} — stands on no assignment or return"] if shapes else []
                 continue
-            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-                names = tuple(map(ast.unparse, getattr(target, "elts", [target])))
+            returned = isinstance(node, ast.Return)
+            targets = [getattr(node, "target", node.value)]
+            for target in node.targets if isinstance(node, ast.Assign) else targets:
+                parts = getattr(target, "elts", [target])
+                names = tuple(RETURNED if returned else ast.unparse(part) for part in parts)
                 if shapes is None or len(shapes) != len(names):
                     malformed.append(f"{where} — is not {len(names)} tuple(s) of {sorted(LETTERS)}")
                 else:
@@ -168,19 +172,22 @@ class WatchedCall:
         self.check, self.running = check, []
         self.bindings = collections.defaultdict(lambda: bindings)
 
-    def __call__(self, frame, event, _arg):
+    def __call__(self, frame, event, arg):
         if event == "exception":
             self.running = []
         elif event == "return" or not any(frame.f_lineno in c.lines for c in self.running):
             for claim in self.running:  # its statement is over
-                self.compare(claim, frame)
+                self.compare(claim, frame, arg)
             self.running = []
         if event == "line" and not self.running:
             self.running = self.check.by_line.get(frame.f_lineno, [])
         return self
 
-    def compare(self, claim, frame):
-        values = [eval(target, frame.f_globals, frame.f_locals) for target in claim.targets]
+    def compare(self, claim, frame, returned):
+        if claim.targets[0] == RETURNED:
+            values = [returned] if len(claim.targets) == 1 else returned
+        else:
+            values = [eval(target, frame.f_globals, frame.f_locals) for target in claim.targets]
         if any(value is None for value in values):
             return  # an optional tensor, absent here
         actual = [tuple(getattr(value, "shape", (type(value).__name__,))) for value in values]
@@ -309,7 +316,10 @@ def function(rows):
     if rows is None:
         idle = right  # (B, T)
     unknown = right  # (B, tokens)
+    print(end="")  # (B, T)
     return right  # (B, T)
+def other():
+    return torch.zeros(5, 10), torch.zeros(10)  # (B, T), (B)
 """
 
 
@@ -319,10 +329,10 @@ def test_checker_finds_what_it_should(tmp_path):
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     check = ShapeCheck(module)
     with check.watching(bindings((10, 10), (9, 9), (8, 8))):
-        module.function(1)
+        module.function(1), module.other()
     # Line 6 fits no binding that fits line 4; line 7 fits one of its own, line 5 none.
-    assert [claim.lines.start for claim in check.claims if claim in check.held] == [4]
-    assert sorted(claim.lines.start for claim in check.wrong) == [5, 6, 7]
+    assert [claim.lines.start for claim in check.claims if claim in check.held] == [4, 12]
+    assert sorted(claim.lines.start for claim in check.wrong) == [5, 6, 7, 14]
     assert [claim.lines.start for claim in check.unexecuted] == [9]
     assert [text.split(":")[0] for text in check.malformed] == ["line 10", "line 11"]
 

@@ -357,6 +357,25 @@ def test_simulated_fp8_moves_loss_and_gradients_a_little_and_nothing_else(words)
     assert (plain.lm_head.weight.grad - rounded.lm_head.weight.grad).norm() > 0
 
 
+def test_simulated_fp8_rounds_the_same_with_and_without_gradients(words):
+    """Without them a CPU would go through the experts in a loop, which rounds nothing."""
+    torch.manual_seed(0)
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**SMALL | {"vocab_size": 50})).eval()
+    tokens = torch.randint(0, 50, (2, 16))
+    plain = model(tokens).logits
+    deepseek_v3.simulate_fp8(model)
+    rounded = model(tokens).logits
+    assert (rounded - plain).abs().max() > 0
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, rounded)
+
+
+def test_simulated_fp8_refuses_widths_that_it_cannot_multiply(words, tmp_path):
+    config = DeepseekV3Config(**SMALL | {"vocab_size": 50, "moe_intermediate_size": 13})
+    with pytest.raises(ValueError, match="FP8: hidden_size, moe_intermediate_size"):
+        deepseek_v3.simulate_fp8(DeepseekV3ForCausalLM(config))
+
+
 def test_a_state_that_cannot_be_written_leaves_the_older_one(words, tmp_path, monkeypatch):
     run = trainer(words, "--out", tmp_path)
     run.train_step()
