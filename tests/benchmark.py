@@ -113,7 +113,7 @@ def filled_caches(model, length, batch):
 
 
 @torch.no_grad()
-def decode(arguments, model, twin, length, batch=1, tokens=8, count=5):
+def decode(arguments, model, twin, length, batch=1, tokens=16, count=5):
     mine, other = filled_caches(model, length, batch)
     token = torch.ones(batch, 1, dtype=torch.long, device=model.device)
 
@@ -260,8 +260,8 @@ def main():
     lengths = (128, 1024) if arguments.quick else (128, 1024, 4096, 16384)
     if "decode" in chosen:
         for length in lengths:
-            decode(arguments, model, twin, length)
-        decode(arguments, model, twin, 1024, batch=8, count=3)
+            decode(arguments, model, twin, length, tokens=16 if length < 16384 else 8)
+        decode(arguments, model, twin, 1024, batch=8, tokens=8, count=3)
     if "prefill" in chosen:
         for length in (512,) if arguments.quick else (2048, 4096):
             prefill(arguments, model, twin, length)
