@@ -204,12 +204,21 @@ def many_experts(arguments, length=1024, tokens=8, count=7):
     print(f"| 256 experts instead of 64, decode at {length:,} | | | {ratio:.2f}x the time a token |")
 
 
-def memory_of(side, arguments, length):
-    """Peak memory of decoding at `length`, weights included, in a process of its own."""
+def memory_of(side, arguments, length, prompt):
+    """Peak memory, in a process of its own, of decoding at `length`, or of reading a prompt first."""
     words = [sys.executable, __file__, "--memory-of", side, "--length", str(length)]
-    words += ["--dtype", arguments.dtype]
+    words += ["--dtype", arguments.dtype] + ["--prompt"] * prompt
     printed = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     return [float(word) for word in printed.split()[-2:]]
+
+
+def compare_memory(arguments, length):
+    works = {f"decode at {length:,}": False, f"a prompt of {length:,}, then decode": True}
+    for name, prompt in works.items():
+        sides = [memory_of(side, arguments, length, prompt) for side in ("ours", "theirs")]
+        for what, (mine, other) in zip(("peak memory", "… beyond weights and cache"), zip(*sides)):
+            ratio = f"{mine / other:.2f} of theirs"
+            print(f"| {what}, {name} | {mine:.0f} | {other:.0f} MB | {ratio} | |", flush=True)
 
 
 def memory_now(field):
@@ -223,16 +232,18 @@ def measure_memory(arguments):
     """The child of memory_of: prints the peak in MB while decoding, and what of it was not there before."""
     model = ours(arguments)
     network = model if arguments.memory_of == "ours" else theirs(model)
-    mine, other = filled_caches(model, arguments.length, 1)
+    mine, other = filled_caches(model, 0 if arguments.prompt else arguments.length, 1)
     cache = mine if network is model else other
     del model, mine, other
     gc.collect()
     held = memory_now("VmRSS")
     with open("/proc/self/clear_refs", "w") as refs:
         refs.write("5")  # the peak counts from here
-    token = torch.ones(1, 1, dtype=torch.long)
-    for _ in range(4):
-        network(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    chunks = [torch.ones(1, 1, dtype=torch.long)] * 4
+    if arguments.prompt:
+        chunks[0] = chunks[0].expand(1, arguments.length)
+    for chunk in chunks:
+        network(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
     peak = memory_now("VmHWM")
     print(peak, peak - held)
 
@@ -245,6 +256,7 @@ def main():
     parser.add_argument("--only", default="decode,prefill,training,experts,memory")
     parser.add_argument("--memory-of", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     parser.add_argument("--length", type=int, default=4096, help=argparse.SUPPRESS)
+    parser.add_argument("--prompt", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_of:
         return measure_memory(arguments)
@@ -271,10 +283,7 @@ def main():
     if "experts" in chosen:
         many_experts(arguments)
     if "memory" in chosen and arguments.device == "cpu":
-        (mine, mine_more), (other, other_more) = (memory_of(s, arguments, 4096) for s in ("ours", "theirs"))
-        print(f"| peak memory, decode at 4,096, MB | {mine:.0f} | {other:.0f} | {mine / other:.2f} of theirs | |")
-        share = mine_more / other_more
-        print(f"| … of it beyond weights and cache | {mine_more:.0f} | {other_more:.0f} | {share:.2f} of theirs | |")
+        compare_memory(arguments, 4096)
     return None
 
 
