@@ -64,7 +64,7 @@ from bisect import bisect_left
 from collections import namedtuple
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -469,9 +469,9 @@ class Experts(nn.Module):
         maps = [(getattr(self, name), getattr(self, name + "_scale_inv")) for name in EXPERT_MAPS]
         out = torch.zeros_like(x, dtype=weights[0].dtype)
         for e, token, weight in zip(hit, tokens, weights, strict=True):
-            gate, up, down = (dequantise(w[e], s if s is None else s[e], x.dtype) for w, s in maps)
+            gate, up, down = ((w[e], None if s is None else s[e]) for w, s in maps)
             rows = x.index_select(0, token)
-            visits = linear(F.silu(linear(rows, gate)) * linear(rows, up), down)  # section 12
+            visits = linear(F.silu(linear(rows, *gate)) * linear(rows, *up), *down)  # section 12
             out.index_add_(0, token, visits * weight)  # Eq. 12
         return out
 
@@ -1406,16 +1406,19 @@ class Linear(nn.Linear):
         return dequantise(self.weight, self.weight_scale_inv, dtype)
 
     def forward(self, x):
-        y = linear(x.to(self.weight.device), self.full_weight(x.dtype), self.bias)
+        y = linear(x.to(self.weight.device), self.weight, self.weight_scale_inv, self.bias)
         return y.to(x.device)
 
-def linear(x, weight, bias=None):
-    """F.linear, in other steps where a CPU multiplies one to four float32 rows by a large weight.
+def linear(x, weight, scale_inv=None, bias=None):
+    """F.linear by a weight that may be in FP8, in other steps where those are faster.
 
-    There the library behind torch works on one core and reads the weight at a third of the rate that
-    torch's own sums do; with these steps decoding takes two thirds of the time (tests/benchmark.py).
+    A CPU multiplies one to four float32 rows on one core, and reads a large weight at a third of the
+    rate of torch's own sums; otherwise, decoding takes two thirds of the time (tests/benchmark.py).
     """
-    rows = x.numel() // x.shape[-1]
+    if scale_inv is not None and scaled_mm_takes(x, weight):
+        y = scaled_product(x.reshape(-1, x.shape[-1]), weight, scale_inv).view(*x.shape[:-1], -1)
+        return y if bias is None else y + bias
+    weight, rows = dequantise(weight, scale_inv, x.dtype), x.numel() // x.shape[-1]
     if not 0 < rows <= 4 or weight.numel() < 2**17 or x.dtype != torch.float32 or not x.is_cpu:
         return F.linear(x, weight, bias)
     if rows == 1 and weight.numel() <= 2**20:  # so that the products stay in the cache
@@ -1425,6 +1428,40 @@ def linear(x, weight, bias=None):
         y = (x.reshape(rows, -1) @ parts.mT).transpose(0, 1)
     y = y.reshape(*x.shape[:-1], -1)
     return y if bias is None else y + bias
+
+def scaled_mm_takes(x, weight):
+    """Whether x @ weightᵀ can stay in FP8: without gradients, in whole blocks, on a GPU that can."""
+    whole = weight.shape[0] % BLOCK == weight.shape[1] % BLOCK == 0
+    return whole and x.dtype == torch.bfloat16 and not x.requires_grad and has_scaled_mm(x.device)
+
+@lru_cache
+def has_scaled_mm(device):
+    """Whether a device multiplies FP8 by blocks (Hopper, CUDA 12.9), found by comparing a product."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    x = torch.linspace(-2, 2, 8 * 5 * BLOCK, device=device).sin().view(8, -1)
+    weight, scale_inv = quantise(x.cos().repeat(32, 1))
+    exact = x @ dequantise(weight, scale_inv, x.dtype).T
+    try:
+        error = (scaled_product(x.bfloat16(), weight, scale_inv) - exact).norm() / exact.norm()
+    except RuntimeError as reason:  # what torch raises for kernels that a build of it lacks
+        error = reason
+    right = isinstance(error, Tensor) and error.item() < 0.05
+    if not right:
+        warnings.warn(f"{device}: FP8 weights are dequantised, scaled_mm: {error}", stacklevel=2)
+    return right
+
+def scaled_product(x, weight, scale_inv):
+    """x (rows, in) @ weightᵀ on FP8 units; x is rounded in tiles of 1 x 128 that have a scale each."""
+    tiles = x.float().unflatten(1, (-1, BLOCK))
+    scale = tiles.abs().amax(-1) / 448
+    scale = torch.where(scale == 0, 1.0, scale)  # a tile of zeros
+    codes = (tiles / scale.unsqueeze(-1)).to(FP8).flatten(1)
+    # The layouts that the library behind it wants: scales by columns, of the weight in fours.
+    scale = scale.T.clone(memory_format=torch.contiguous_format).T
+    scale_inv = F.pad(scale_inv, (0, -scale_inv.shape[1] % 4)).T
+    one, both = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
+    return F.scaled_mm(codes, weight.T, scale, one, scale_inv, both, output_dtype=x.dtype)
 
 def kernel_takes(weight, x):
     """Whether F.grouped_mm multiplies x by a stack of experts: not in FP8, on disk, of odd widths."""
@@ -2060,6 +2097,7 @@ def simulate_fp8(model):
             module.grouped_mm, module.one_by_one = grouped_mm, module.all_at_once
         elif isinstance(module, Linear) and released_in_fp8(name, module.weight):
             module.full_weight = lambda dtype, m=module: through_fp8(m.weight, BLOCK).to(dtype)
+            module.forward = lambda x, m=module: F.linear(x, m.full_weight(x.dtype), m.bias)
             module.register_forward_pre_hook(lambda m, args: (through_fp8(args[0], 1),))
             module.register_forward_hook(lambda m, args, out: round_gradient(out))
 

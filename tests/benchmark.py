@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import deepseek_v3  # noqa: E402
 from deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM, LatentCache  # noqa: E402
 
 # 201M parameters: small enough for two cores, large enough that arithmetic and not Python decides.
@@ -204,6 +205,21 @@ def many_experts(arguments, length=1024, tokens=8, count=7):
     print(f"| 256 experts instead of 64, decode at {length:,} | | | {ratio:.2f}x the time a token |")
 
 
+@torch.no_grad()
+def fp8_products(arguments, shape=(2048, 7168), count=7):
+    """Ours alone, a released expert's map in FP8: on FP8 units, beside dequantising it at each use."""
+    weight, scale = deepseek_v3.quantise(torch.randn(shape, device=arguments.device))
+    if not deepseek_v3.has_scaled_mm(weight.device):
+        print("| products in FP8 | | | this device has no block-scaled products | |")
+        return
+    for rows in (1, 64, 4096):
+        x = torch.randn(rows, shape[1], device=arguments.device).bfloat16()
+        full = lambda: x @ deepseek_v3.dequantise(weight, scale, x.dtype).T  # noqa: B023, E731
+        units = lambda: deepseek_v3.linear(x, weight, scale)  # noqa: B023, E731
+        ratio = statistics.median(b / a for a, b in pairs(units, full, count, arguments.device))
+        print(f"| {rows} rows by an FP8 expert's map | | | {ratio:.2f}x by FP8 units | |", flush=True)
+
+
 def memory_of(side, arguments, length, prompt):
     """Peak memory, in a process of its own, of decoding at `length`, or of reading a prompt first."""
     words = [sys.executable, __file__, "--memory-of", side, "--length", str(length)]
@@ -253,7 +269,7 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--quick", action="store_true", help="short contexts only")
-    parser.add_argument("--only", default="decode,prefill,training,experts,memory")
+    parser.add_argument("--only", default="decode,prefill,training,experts,fp8,memory")
     parser.add_argument("--memory-of", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     parser.add_argument("--length", type=int, default=4096, help=argparse.SUPPRESS)
     parser.add_argument("--prompt", action="store_true", help=argparse.SUPPRESS)
@@ -282,6 +298,8 @@ def main():
     del model, twin
     if "experts" in chosen:
         many_experts(arguments)
+    if "fp8" in chosen and arguments.device != "cpu":
+        fp8_products(arguments)
     if "memory" in chosen and arguments.device == "cpu":
         compare_memory(arguments, 4096)
     return None

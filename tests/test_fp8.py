@@ -2,6 +2,8 @@
 
 import copy
 import json
+import warnings
+from collections import namedtuple
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from checkpoints import INDEX, RAGGED, ragged, read, released_layout, write
 from helpers import FP8, V31, router_biases, tiny, tokens
 from torch.distributed.checkpoint.quantized_hf_storage import QuantizedHuggingFaceStorageReader
 
+import deepseek_v3
 from deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM, Experts, Linear
 from deepseek_v3 import blocks_of, dequantise, quantise, released_in_fp8
 
@@ -318,3 +321,151 @@ def test_ragged_config_is_ragged_everywhere():
     config = tiny(**RAGGED)
     widths = (config.hidden_size, config.intermediate_size, config.moe_intermediate_size)
     assert all(width % 128 for width in (*widths, config.q_lora_rank, config.kv_lora_rank))
+
+
+# ---- Products that stay in FP8 ----
+
+
+def scaled_mm_by_hand(a, b, scale_a, recipe_a, scale_b, recipe_b, output_dtype):
+    """What F.scaled_mm computes and demands of layouts, by the rules of cuBLAS and of torch's own check."""
+    kinds = torch.nn.functional.ScalingType
+    assert (recipe_a, recipe_b) == (kinds.BlockWise1x128, kinds.BlockWise128x128)
+    (M, K), N = a.shape, b.shape[1]
+    fours = -(-K // 512) * 4
+    assert a.dtype == b.dtype == E4M3 and scale_a.dtype == scale_b.dtype == torch.float32
+    assert a.stride() == (K, 1) and b.stride() == (1, K) and K % 128 == N % 128 == 0
+    assert scale_a.shape == (M, K // 128) and scale_a.stride() == (1, M)
+    assert scale_b.shape == (fours, N // 128) and scale_b.stride() == (1, fours)
+    torch._meta_registrations._check_scaled_mm_sizes_v2(
+        a, b, [scale_a], [recipe_a], [scale_b], [recipe_b], out_dtype=output_dtype
+    )
+    a = a.float() * scale_a.repeat_interleave(128, 1)
+    b = b.float() * scale_b[: K // 128].repeat_interleave(128, 0).repeat_interleave(128, 1)
+    return (a @ b).to(output_dtype)
+
+
+@pytest.fixture
+def fp8_units(monkeypatch):
+    """As on a GPU that multiplies FP8 by blocks; the calls of its kernel, (rows, in, out)."""
+    calls = []
+
+    def scaled_mm(a, b, *others, output_dtype):
+        calls.append((*a.shape, b.shape[1]))
+        return scaled_mm_by_hand(a, b, *others, output_dtype)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_mm", scaled_mm)
+    monkeypatch.setattr(deepseek_v3, "has_scaled_mm", lambda device: True)
+    return calls
+
+
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (2, 17)], ids=str)
+@pytest.mark.parametrize("shape", [(128, 128), (256, 640), (384, 1024)], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_fp8_units_compute_what_dequantising_does(fp8_units, rows, shape, bias):
+    """All that they add is that the input is rounded too, to 3 bits in tiles of 1 x 128."""
+    x = (random(*rows, shape[1], seed=1) * 3).bfloat16()
+    weight, scale = quantise(random(*shape))
+    bias = random(shape[0], seed=2).bfloat16() if bias else None
+    found = deepseek_v3.linear(x, weight, scale, bias)
+    assert fp8_units == [(x[..., 0].numel(), shape[1], shape[0])]
+    assert found.shape == (*rows, shape[0]) and found.dtype == torch.bfloat16
+    full = dequantise(weight, scale, torch.float32)
+    rounded = deepseek_v3.through_fp8(x.float(), 1)
+    for inputs, tolerance in ((rounded, 0.005), (x.float(), 0.05)):
+        exact = torch.nn.functional.linear(inputs, full, None if bias is None else bias.float())
+        assert (found.float() - exact).norm() < tolerance * exact.norm()
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "gradient"),
+    [
+        ((576, 128), torch.bfloat16, False),
+        ((128, 200), torch.bfloat16, False),
+        ((128, 128), torch.float32, False),
+        ((128, 128), torch.bfloat16, True),
+    ],
+    ids=str,
+)
+def test_what_fp8_units_do_not_take_is_dequantised(fp8_units, shape, dtype, gradient):
+    x = random(3, shape[1]).to(dtype).requires_grad_(gradient)
+    weight, scale = quantise(random(*shape))
+    full = dequantise(weight, scale, dtype)
+    assert torch.equal(deepseek_v3.linear(x, weight, scale), torch.nn.functional.linear(x, full))
+    assert not fp8_units
+
+
+def test_zeros_and_outliers_on_fp8_units(fp8_units):
+    weight, scale = quantise(random(128, 256))
+    x = torch.zeros(2, 256, dtype=torch.bfloat16)
+    assert (deepseek_v3.linear(x, weight, scale) == 0).all()
+    x[0, 3], x[1] = 1e30, random(256).bfloat16() * 1e-20
+    found = deepseek_v3.linear(x, weight, scale).double()
+    exact = x.double() @ dequantise(weight, scale, torch.float64).T
+    assert ((found - exact).norm(dim=-1) < 0.05 * exact.norm(dim=-1)).all()
+
+
+@torch.no_grad()
+def test_a_whole_model_on_fp8_units(fp8_units, tmp_path, monkeypatch):
+    """Attention's, dense, shared and routed products go there; embedding, router and head do not."""
+    wide = dict(hidden_size=256, intermediate_size=256, moe_intermediate_size=128, q_lora_rank=128)
+    heads = dict(kv_lora_rank=128, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32)
+    config = DeepseekV3Config.tiny(**wide, **heads, num_hidden_layers=2, initializer_range=0.05)
+    DeepseekV3ForCausalLM(config).bfloat16().save_pretrained(tmp_path, quantize="fp8")
+    model = DeepseekV3ForCausalLM.from_pretrained(tmp_path).eval()
+    ids = tokens(2, 9)
+    found = model(ids).logits.float()
+
+    def by_hand(x, weight, scale):
+        full = dequantise(weight, scale, torch.float32)
+        return (deepseek_v3.through_fp8(x.float(), 1) @ full.T).to(x.dtype)
+
+    monkeypatch.setattr(deepseek_v3, "scaled_product", by_hand)
+    exact = model(ids).logits.float()
+    assert (found - exact).norm() < 0.02 * exact.norm()
+    monkeypatch.setattr(deepseek_v3, "has_scaled_mm", lambda device: False)
+    exact = model(ids).logits.float()
+    assert 0 < (found - exact).norm() < 0.3 * exact.norm()
+    # q_a, o and gate, up, down of one dense layer, a shared expert and the experts that are hit;
+    # q_b has 192 outputs and kv_a 144, which are no whole blocks.
+    projections = [call for call in fp8_units if call[0] == 18]
+    assert projections.count((18, 256, 128)) >= 2 * 1 + 2  # q_a, and gate and up of the shared expert
+    assert projections.count((18, 256, 256)) >= 2  # gate and up of the dense layer
+    assert any(rows < 18 for rows, *_ in fp8_units)  # experts
+
+
+def test_fp8_units_are_looked_for_and_tried_before_use(monkeypatch):
+    """Anything but Hopper has none; one whose kernel fails or is wrong is warned of, and not used."""
+    has = deepseek_v3.has_scaled_mm.__wrapped__
+    assert not has(torch.device("cpu"))
+    gpu = namedtuple("Device", "type")("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert not has(gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    linspace = torch.linspace
+    monkeypatch.setattr(torch, "linspace", lambda *a, device: linspace(*a))
+    kernels = {"right": scaled_mm_by_hand, "wrong": lambda *a, **k: scaled_mm_by_hand(*a, **k) * 1.1}
+
+    def lacking(*given, **options):
+        raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+
+    for name, kernel in (kernels | {"lacking": lacking}).items():
+        monkeypatch.setattr(torch.nn.functional, "scaled_mm", kernel)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert has(gpu) == (name == "right")
+        assert len(said) == (name != "right")
+        assert all("FP8 weights are dequantised" in str(warning.message) for warning in said)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("rows", [1, 33, 256])
+@pytest.mark.parametrize("shape", [(128, 128), (256, 640), (7168, 2048)], ids=str)
+def test_a_gpu_multiplies_fp8_as_by_hand(rows, shape):
+    device = torch.device("cuda", torch.cuda.current_device())
+    if not deepseek_v3.has_scaled_mm(device):
+        pytest.skip("this GPU has no block-scaled products")
+    x, (weight, scale) = random(rows, shape[1]).bfloat16(), quantise(random(*shape, seed=1))
+    found = deepseek_v3.linear(*(part.to(device) for part in (x, weight, scale))).float().cpu()
+    rounded = deepseek_v3.through_fp8(x.float(), 1)
+    exact = rounded @ dequantise(weight, scale, torch.float32).T
+    assert (found - exact).norm() < 0.01 * exact.norm()
