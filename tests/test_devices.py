@@ -7,10 +7,10 @@ import pytest
 import torch
 from checkpoints import ragged
 from helpers import V3, build, tiny, tokens
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 import deepseek_v3
-from deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM, LatentCache, plan_devices
+from deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM, Experts, LatentCache, plan_devices
 
 load = DeepseekV3ForCausalLM.from_pretrained
 GB = 10**9
@@ -284,3 +284,34 @@ def test_cpu_and_gpu_together_compute_the_same(tmp_path, device_map, quantize):
         expected = whole(ids).logits
         found = split(ids.to(split.device)).logits
     torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=0.1)
+
+
+def test_a_decoding_step_on_a_gpu_never_asks_for_a_number(monkeypatch):
+    """Fake tensors have none to give: each .item(), .tolist(), nonzero() or such would be an error."""
+    monkeypatch.setattr(Experts, "one_by_one", Experts.all_at_once)  # what a GPU takes
+    with torch.device("meta"):
+        model = DeepseekV3ForCausalLM(tiny()).bfloat16().eval()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("meta"), torch.no_grad():
+        ids = torch.zeros(2, 6, dtype=torch.long)
+        for mask in (None, torch.ones(2, 7, dtype=torch.long)):
+            cache = LatentCache()
+            model(ids, past_key_values=cache)
+            out = model(ids[:, :1], mask, past_key_values=cache)
+            out = model(ids[:, :1], past_key_values=cache)
+            assert out.logits.shape == (2, 1, 61)
+        monkeypatch.undo()
+        with pytest.raises(DynamicOutputShapeException):  # as the loop over experts does
+            model(ids[:, :1], past_key_values=cache)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@torch.no_grad()
+def test_a_gpu_is_not_waited_for_inside_a_decoding_step():
+    model = DeepseekV3ForCausalLM(tiny()).to("cuda", torch.bfloat16).eval()
+    cache, ids = LatentCache(16), tokens(2, 6).cuda()
+    model(ids, past_key_values=cache)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(ids[:, :1], past_key_values=cache)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
