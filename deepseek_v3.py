@@ -396,7 +396,7 @@ class Router(nn.Module):
         self.G, self.topk_group = config.n_group, config.topk_group
         self.normalise, self.scaling = config.norm_topk_prob, config.routed_scaling_factor
         self.weight = nn.Parameter(torch.empty(self.E, config.hidden_size))
-        self.register_buffer("e_score_correction_bias", torch.zeros(self.E))
+        self.register_buffer("e_score_correction_bias", torch.zeros(self.E, dtype=torch.float32))
         load = torch.zeros(self.E, dtype=torch.int64, device="cpu")  # visits since the bias moved
         self.register_buffer("load", load, persistent=False)
 

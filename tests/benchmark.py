@@ -1,13 +1,15 @@
 """Speed and memory beside transformers: same weights, same dtype, same threads, in one process.
 
-    python tests/benchmark.py [--quick] [--only decode,prefill,…] [--dtype float32] [--device cpu]
+    python tests/benchmark.py [--quick] [--only decode,prefill,…] [--device cpu] [--dtype float32]
 
 Runs alternate, ours and theirs; a ratio is the median over pairs (above 1: we are faster), with the
 smallest and largest pair behind it. The machine's own limits, a matrix product and a copy, are
-measured in the same run, so that a figure means something on any machine.
+measured in the same run, so that a figure means something on any machine. On a GPU the sizes are the
+released ones, two layers of them, in bfloat16, and decoding is repeated with FP8 weights.
 """
 
 import argparse
+import contextlib
 import gc
 import statistics
 import subprocess
@@ -30,21 +32,36 @@ SIZES = {
     "first_k_dense_replace": 1, "num_nextn_predict_layers": 0, "rope_theta": 10000.0,
     "max_position_embeddings": 32768,
 }  # fmt: skip
+# A dense layer and one with experts, 13.9B parameters: 28 GB in bfloat16, which a GPU holds twice.
+RELEASED = {"num_hidden_layers": 2, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0}
+
+
+@contextlib.contextmanager
+def built_as(arguments):
+    """Parameters are made where and as they stay, since twice as many bytes might not fit."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, arguments.dtype))
+    try:
+        with torch.device(arguments.device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def ours(arguments, **changes):
     torch.manual_seed(0)
-    model = DeepseekV3ForCausalLM(DeepseekV3Config(**(SIZES | changes)))
-    return model.to(arguments.device, getattr(torch, arguments.dtype)).eval()
+    sizes = SIZES if arguments.device == "cpu" else RELEASED
+    with built_as(arguments):
+        return DeepseekV3ForCausalLM(DeepseekV3Config(**(sizes | changes))).eval()
 
 
-def theirs(model):
+def theirs(arguments, model):
     """transformers' model with the same weights."""
     import transformers
 
     config = transformers.DeepseekV3Config(**model.config.to_dict())
-    with torch.device(model.device):
-        twin = transformers.DeepseekV3ForCausalLM(config).to(model.dtype).eval()
+    with built_as(arguments):
+        twin = transformers.DeepseekV3ForCausalLM(config).eval()
     state = model.state_dict()
     for name in [name for name in state if name.endswith("experts.gate_proj")]:
         gate, up = state.pop(name), state.pop(name.replace("gate_proj", "up_proj"))
@@ -187,7 +204,7 @@ def training(arguments, model, twin, batch=4, length=256, count=3):
 @torch.no_grad()
 def many_experts(arguments, length=1024, tokens=8, count=7):
     """Ours alone: four times the experts at the same top-k."""
-    few, many = ours(arguments), ours(arguments, n_routed_experts=256)
+    few, many = (ours(arguments, n_routed_experts=number) for number in (64, 256))
     caches = [LatentCache(length + 64) for _ in range(2)]
     token, context = torch.ones(1, 1, dtype=torch.long), torch.ones(1, length, dtype=torch.long)
     token, context = token.to(few.device), context.to(few.device)
@@ -203,6 +220,34 @@ def many_experts(arguments, length=1024, tokens=8, count=7):
     timed = pairs(*sides, count, arguments.device)
     ratio = statistics.median(b / a for a, b in timed)
     print(f"| 256 experts instead of 64, decode at {length:,} | | | {ratio:.2f}x the time a token |")
+
+
+@torch.no_grad()
+def fp8(arguments, model, length=4096, tokens=16):
+    """Decoding with the weights in FP8 that are released so, ours alone; and single products."""
+    for module in model.modules():
+        for leaf, weight in list(module._parameters.items()):
+            name = leaf if isinstance(module, deepseek_v3.Experts) else f"a_proj.{leaf}"
+            matrices = isinstance(module, (deepseek_v3.Linear, deepseek_v3.Experts)) and weight is not None
+            if not matrices or module is model.lm_head or not deepseek_v3.released_in_fp8(name, weight):
+                continue
+            parts = [deepseek_v3.quantise(part) for part in (weight if weight.ndim == 3 else [weight])]
+            codes, scale = (torch.stack(side) for side in zip(*parts, strict=True))
+            codes, scale = (codes, scale) if weight.ndim == 3 else (codes[0], scale[0])
+            setattr(module, leaf, torch.nn.Parameter(codes, requires_grad=False))
+            setattr(module, leaf + "_scale_inv", torch.nn.Parameter(scale, requires_grad=False))
+    cache = filled_caches(model, length, 1)[0]
+    token = torch.ones(1, 1, dtype=torch.long, device=model.device)
+
+    def run():
+        cache.crop(length)
+        for _ in range(tokens):
+            model(token, past_key_values=cache, logits_to_keep=1)
+
+    seconds = statistics.median(clock(run, arguments.device) for _ in range(5)) / tokens
+    share = activated_bytes(model) / arguments.read_rate / seconds
+    print(f"| decode at {length:,}, FP8 weights | {1 / seconds:,.1f} tokens/s | | | {share:.0%} of the copy rate |")
+    fp8_products(arguments)
 
 
 @torch.no_grad()
@@ -247,7 +292,7 @@ def memory_now(field):
 def measure_memory(arguments):
     """The child of memory_of: prints the peak in MB while decoding, and what of it was not there before."""
     model = ours(arguments)
-    network = model if arguments.memory_of == "ours" else theirs(model)
+    network = model if arguments.memory_of == "ours" else theirs(arguments, model)
     mine, other = filled_caches(model, 0 if arguments.prompt else arguments.length, 1)
     cache = mine if network is model else other
     del model, mine, other
@@ -267,19 +312,20 @@ def measure_memory(arguments):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", help="float32, and bfloat16 on a GPU, unless given")
     parser.add_argument("--quick", action="store_true", help="short contexts only")
     parser.add_argument("--only", default="decode,prefill,training,experts,fp8,memory")
     parser.add_argument("--memory-of", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     parser.add_argument("--length", type=int, default=4096, help=argparse.SUPPRESS)
     parser.add_argument("--prompt", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else "bfloat16")
     if arguments.memory_of:
         return measure_memory(arguments)
     chosen = arguments.only.split(",")
     arguments.product_rate, arguments.read_rate = limits(arguments)
     model = ours(arguments)
-    twin = theirs(model)
+    twin = theirs(arguments, model)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     threads = torch.get_num_threads()
     machine = f"{arguments.product_rate / 1e9:,.0f} GFLOP/s, copies {arguments.read_rate / 1e9:.1f} GB/s"
@@ -293,13 +339,18 @@ def main():
     if "prefill" in chosen:
         for length in (512,) if arguments.quick else (2048, 4096):
             prefill(arguments, model, twin, length)
-    if "training" in chosen:
+    if "training" in chosen and arguments.device == "cpu":
         training(arguments, model, twin)
-    del model, twin
+    del twin
+    if "fp8" in chosen and arguments.device != "cpu":
+        fp8(arguments, model)
+    del model
+    if "training" in chosen and arguments.device != "cpu":  # with optimizer states beside, fewer fit
+        model = ours(arguments, n_routed_experts=16)
+        training(arguments, model, theirs(arguments, model))
+        del model
     if "experts" in chosen:
         many_experts(arguments)
-    if "fp8" in chosen and arguments.device != "cpu":
-        fp8_products(arguments)
     if "memory" in chosen and arguments.device == "cpu":
         compare_memory(arguments, 4096)
     return None
