@@ -2092,8 +2092,6 @@ def simulate_fp8(model):
 
     for name, module in model.named_modules():
         if isinstance(module, Experts):
-            if not kernel_takes(module.gate_proj, module.gate_proj):
-                raise ValueError("FP8: hidden_size, moe_intermediate_size: no multiples of 8")
             module.grouped_mm, module.one_by_one = grouped_mm, module.all_at_once
         elif isinstance(module, Linear) and released_in_fp8(name, module.weight):
             module.full_weight = lambda dtype, m=module: through_fp8(m.weight, BLOCK).to(dtype)
@@ -2138,6 +2136,8 @@ def check_training(options, world):
     if options.config is None:
         return
     config = DeepseekV3Config.from_pretrained(options.config, vocab_size=options.vocab_size)
+    if options.fp8 and (config.hidden_size % 8 or config.moe_intermediate_size % 8):
+        raise ValueError("--fp8: hidden_size and moe_intermediate_size must be multiples of 8")
     layers = max(0, config.num_hidden_layers - config.first_k_dense_replace)
     width = config.n_routed_experts * config.moe_intermediate_size
     # Embeddings and experts alone: every process builds the whole model before it is split.

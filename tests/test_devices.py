@@ -291,9 +291,9 @@ def test_a_decoding_step_on_a_gpu_never_asks_for_a_number(monkeypatch):
     monkeypatch.setattr(Experts, "one_by_one", Experts.all_at_once)  # what a GPU takes
     with torch.device("meta"):
         model = DeepseekV3ForCausalLM(tiny()).bfloat16().eval()
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("meta"), torch.no_grad():
-        ids = torch.zeros(2, 6, dtype=torch.long)
-        for mask in (None, torch.ones(2, 7, dtype=torch.long)):
+        ids, real = torch.zeros(2, 6, dtype=torch.long), torch.ones(2, 7, dtype=torch.long)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        for mask in (None, real):
             cache = LatentCache()
             model(ids, past_key_values=cache)
             out = model(ids[:, :1], mask, past_key_values=cache)

@@ -370,10 +370,14 @@ def test_simulated_fp8_rounds_the_same_with_and_without_gradients(words):
         torch.testing.assert_close(model(tokens).logits, rounded)
 
 
-def test_simulated_fp8_refuses_widths_that_it_cannot_multiply(words, tmp_path):
-    config = DeepseekV3Config(**SMALL | {"vocab_size": 50, "moe_intermediate_size": 13})
-    with pytest.raises(ValueError, match="FP8: hidden_size, moe_intermediate_size"):
-        deepseek_v3.simulate_fp8(DeepseekV3ForCausalLM(config))
+@pytest.mark.parametrize("width", ["hidden_size", "moe_intermediate_size"])
+def test_simulated_fp8_refuses_widths_that_it_cannot_multiply(words, tmp_path, width):
+    config = DeepseekV3Config(**SMALL | {"vocab_size": 50, width: 12})
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="--fp8: hidden_size and moe_intermediate_size"):
+        trainer(words, "--out", out, "--fp8", "--config", tmp_path / "config.json")
+    assert not out.exists()
 
 
 def test_a_state_that_cannot_be_written_leaves_the_older_one(words, tmp_path, monkeypatch):
