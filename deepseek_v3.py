@@ -1395,44 +1395,41 @@ QUANTIZATION = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOC
 QUANTIZATION |= {"activation_scheme": "dynamic"}
 KINDS = {"F8_E4M3": FP8, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
-class Linear(nn.Linear):
-    """nn.Linear that may hold FP8, dequantised at use, and that answers on the device of its input."""
+def blocks_of(shape):
+    """Shape of the scales of a weight; (576, 7168) -> (5, 56)."""
+    return tuple(-(-size // BLOCK) for size in shape)
 
-    def __init__(self, n_in, n_out, bias=False):
-        super().__init__(n_in, n_out, bias)
-        self.register_parameter("weight_scale_inv", None)
+def spread(scale, shape, rows=BLOCK):
+    """A scale for each number from one for each block, cut at ragged edges; (5, 56) -> (576, 7168)."""
+    down = scale.repeat_interleave(rows, -2)[..., : shape[-2], :]
+    return down.repeat_interleave(BLOCK, -1)[..., : shape[-1]]
 
-    def full_weight(self, dtype):
-        return dequantise(self.weight, self.weight_scale_inv, dtype)
+def dequantise(weight, scale_inv, dtype, rows=BLOCK):
+    """A weight in dtype, from FP8 and the scales of its blocks or, without scales, as it is."""
+    if scale_inv is None:
+        return weight if weight.dtype == dtype else weight.to(dtype)  # .to would cost decoding 2 %
+    return (weight.float() * spread(scale_inv, weight.shape, rows)).to(dtype)
 
-    def forward(self, x):
-        y = linear(x.to(self.weight.device), self.weight, self.weight_scale_inv, self.bias)
-        return y.to(x.device)
+def quantise(weight, rows=BLOCK):
+    """The reverse: FP8, and scales that map the largest of each block to 448, FP8's largest.
 
-def linear(x, weight, scale_inv=None, bias=None):
-    """F.linear by a weight that may be in FP8, in other steps where those are faster.
-
-    A CPU multiplies one to four float32 rows on one core, and reads a large weight at a third of the
-    rate of torch's own sums; otherwise, decoding takes two thirds of the time (tests/benchmark.py).
+    Blocks are rows x 128: 128 x 128 of a weight, 1 x 128 of activations and gradients (§3.3.2).
     """
-    if scale_inv is not None and scaled_mm_takes(x, weight):
-        y = scaled_product(x.reshape(-1, x.shape[-1]), weight, scale_inv).view(*x.shape[:-1], -1)
-        return y if bias is None else y + bias
-    weight, rows = dequantise(weight, scale_inv, x.dtype), x.numel() // x.shape[-1]
-    if not 0 < rows <= 4 or weight.numel() < 2**17 or x.dtype != torch.float32 or not x.is_cpu:
-        return F.linear(x, weight, bias)
-    if rows == 1 and weight.numel() <= 2**20:  # so that the products stay in the cache
-        y = (weight * x.flatten()).sum(-1)
-    else:  # the outputs in parts, for the cores to share
-        parts = weight.view(math.gcd(len(weight), 8), -1, x.shape[-1])
-        y = (x.reshape(rows, -1) @ parts.mT).transpose(0, 1)
-    y = y.reshape(*x.shape[:-1], -1)
-    return y if bias is None else y + bias
+    (*_, height, width), weight = weight.shape, weight.detach().float()
+    padded = F.pad(weight, (0, -width % BLOCK, 0, -height % rows))
+    blocks = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, rows))
+    scale = blocks.abs().amax((-3, -1)) / 448
+    scale = torch.where(scale == 0, 1.0, scale)  # a block of zeros
+    return (weight / spread(scale, weight.shape, rows)).clamp(-448, 448).to(FP8), scale
 
-def scaled_mm_takes(x, weight):
-    """Whether x @ weightᵀ can stay in FP8: without gradients, in whole blocks, on a GPU that can."""
-    whole = weight.shape[0] % BLOCK == weight.shape[1] % BLOCK == 0
-    return whole and x.dtype == torch.bfloat16 and not x.requires_grad and has_scaled_mm(x.device)
+def scaled_product(x, weight, scale_inv):
+    """x (rows, in) @ weightᵀ on FP8 units; x is rounded in tiles of 1 x 128 that have a scale each."""
+    codes, scale = quantise(x, 1)
+    # The layouts that the library behind it wants: scales by columns, of the weight in fours.
+    scale = scale.T.clone(memory_format=torch.contiguous_format).T
+    scale_inv = F.pad(scale_inv, (0, -scale_inv.shape[1] % 4)).T
+    one, both = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
+    return F.scaled_mm(codes, weight.T, scale, one, scale_inv, both, output_dtype=x.dtype)
 
 @lru_cache
 def has_scaled_mm(device):
@@ -1451,47 +1448,50 @@ def has_scaled_mm(device):
         warnings.warn(f"{device}: FP8 weights are dequantised, scaled_mm: {error}", stacklevel=2)
     return right
 
-def scaled_product(x, weight, scale_inv):
-    """x (rows, in) @ weightᵀ on FP8 units; x is rounded in tiles of 1 x 128 that have a scale each."""
-    tiles = x.float().unflatten(1, (-1, BLOCK))
-    scale = tiles.abs().amax(-1) / 448
-    scale = torch.where(scale == 0, 1.0, scale)  # a tile of zeros
-    codes = (tiles / scale.unsqueeze(-1)).to(FP8).flatten(1)
-    # The layouts that the library behind it wants: scales by columns, of the weight in fours.
-    scale = scale.T.clone(memory_format=torch.contiguous_format).T
-    scale_inv = F.pad(scale_inv, (0, -scale_inv.shape[1] % 4)).T
-    one, both = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
-    return F.scaled_mm(codes, weight.T, scale, one, scale_inv, both, output_dtype=x.dtype)
+def scaled_mm_takes(x, weight):
+    """Whether x @ weightᵀ can stay in FP8: without gradients, in whole blocks, on a GPU that can."""
+    whole = weight.shape[0] % BLOCK == weight.shape[1] % BLOCK == 0
+    return whole and x.dtype == torch.bfloat16 and not x.requires_grad and has_scaled_mm(x.device)
+
+def linear(x, weight, scale_inv=None, bias=None):
+    """F.linear by a weight that may be in FP8, in other steps where those are faster.
+
+    A CPU multiplies one to four float32 rows on one core, and reads a large weight at a third of the
+    rate of torch's own sums; otherwise, decoding takes two thirds of the time (tests/benchmark.py).
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if scale_inv is not None and scaled_mm_takes(x, weight):
+        y = scaled_product(rows, weight, scale_inv)
+    else:
+        weight, large = dequantise(weight, scale_inv, x.dtype), weight.numel() >= 2**17
+        if not large or not 0 < len(rows) <= 4 or x.dtype != torch.float32 or not x.is_cpu:
+            return F.linear(x, weight, bias)
+        if len(rows) == 1 and weight.numel() <= 2**20:  # so that the products stay in the cache
+            y = (weight * rows).sum(-1)
+        else:  # the outputs in parts, for the cores to share
+            y = (rows @ weight.view(math.gcd(len(weight), 8), -1, x.shape[-1]).mT).transpose(0, 1)
+    y = y.reshape(*x.shape[:-1], len(weight))
+    return y if bias is None else y + bias
+
+class Linear(nn.Linear):
+    """nn.Linear that may hold FP8, dequantised at use, and that answers on the device of its input."""
+
+    def __init__(self, n_in, n_out, bias=False):
+        super().__init__(n_in, n_out, bias)
+        self.register_parameter("weight_scale_inv", None)
+
+    def full_weight(self, dtype):
+        return dequantise(self.weight, self.weight_scale_inv, dtype)
+
+    def forward(self, x):
+        y = linear(x.to(self.weight.device), self.weight, self.weight_scale_inv, self.bias)
+        return y.to(x.device)
 
 def kernel_takes(weight, x):
     """Whether F.grouped_mm multiplies x by a stack of experts: not in FP8, on disk, of odd widths."""
     if getattr(weight, "dtype", None) != x.dtype or x.dtype not in (torch.float32, torch.bfloat16):
         return False
     return all(x.element_size() * width % 16 == 0 for width in weight[0].shape)
-
-def blocks_of(shape):
-    """Shape of the scales of a weight; (576, 7168) -> (5, 56)."""
-    return tuple(-(-size // BLOCK) for size in shape)
-
-def spread(scale, shape):
-    """A scale for each weight from one for each block, cut at ragged edges; (5, 56) -> (576, 7168)."""
-    rows = scale.repeat_interleave(BLOCK, 0)[: shape[0]]
-    return rows.repeat_interleave(BLOCK, 1)[:, : shape[1]]
-
-def dequantise(weight, scale_inv, dtype):
-    """A weight in dtype, from FP8 and the scales of its blocks or, without scales, as it is."""
-    if scale_inv is None:
-        return weight if weight.dtype == dtype else weight.to(dtype)  # .to would cost decoding 2 %
-    return (weight.float() * spread(scale_inv, weight.shape)).to(dtype)
-
-def quantise(weight):
-    """The reverse: FP8, and scales that map the largest of each block to 448, FP8's largest."""
-    (rows, columns), weight = weight.shape, weight.detach().float()
-    padded = F.pad(weight, (0, -columns % BLOCK, 0, -rows % BLOCK))
-    blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
-    scale = blocks.abs().amax((1, 3)) / 448
-    scale = torch.where(scale == 0, 1.0, scale)  # a block of zeros
-    return (weight / spread(scale, weight.shape)).clamp(-448, 448).to(FP8), scale
 
 def released_in_fp8(name, tensor):
     """Whether the release has a weight in FP8: the matrices of attention and feed-forward."""
@@ -2065,13 +2065,8 @@ def learning_rate_factor(progress, warmup):
 
 def through_fp8(x, rows):
     """x rounded to E4M3 in blocks of rows x 128 that have a scale each; gradients pass unrounded."""
-    with torch.no_grad():
-        *_, height, width = x.shape
-        padded = F.pad(x, (0, -width % BLOCK, 0, -height % rows))
-        blocks = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, rows))
-        scale = blocks.abs().amax((-3, -1), keepdim=True).clamp(min=1e-12) / 448
-        rounded = ((blocks / scale).to(FP8).to(x.dtype) * scale).flatten(-4, -3).flatten(-2)
-    return x + (rounded[..., :height, :width] - x).detach()
+    codes, scale = quantise(x, rows)
+    return x + (dequantise(codes, scale, x.dtype, rows) - x).detach()
 
 def round_gradient(x):
     """x, whose gradient is rounded to E4M3 in tiles of 1 x 128 when it comes."""

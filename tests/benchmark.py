@@ -130,15 +130,22 @@ def filled_caches(model, length, batch):
     return mine, other
 
 
+def stepping_on(model, cache, length, tokens, batch=1):
+    """What is timed of ours: decoding `tokens` tokens behind `length` others, as often as called."""
+    token = torch.ones(batch, 1, dtype=torch.long, device=model.device)
+
+    def run():
+        cache.crop(length)
+        for _ in range(tokens):
+            model(token, past_key_values=cache, logits_to_keep=1)
+
+    return run
+
+
 @torch.no_grad()
 def decode(arguments, model, twin, length, batch=1, tokens=16, count=5):
     mine, other = filled_caches(model, length, batch)
     token = torch.ones(batch, 1, dtype=torch.long, device=model.device)
-
-    def run_mine():
-        mine.crop(length)
-        for _ in range(tokens):
-            model(token, past_key_values=mine, logits_to_keep=1)
 
     def run_other():
         if other.get_seq_length() > length:
@@ -146,6 +153,7 @@ def decode(arguments, model, twin, length, batch=1, tokens=16, count=5):
         for _ in range(tokens):
             twin(token, past_key_values=other, use_cache=True, logits_to_keep=1)
 
+    run_mine = stepping_on(model, mine, length, tokens, batch)
     timed = pairs(run_mine, run_other, count, arguments.device)
     seconds = statistics.median(a for a, _ in timed) / tokens
     latents = sum(held[:, :length].nbytes for held in mine.layers.values())
@@ -206,17 +214,11 @@ def many_experts(arguments, length=1024, tokens=8, count=7):
     """Ours alone: four times the experts at the same top-k."""
     few, many = (ours(arguments, n_routed_experts=number) for number in (64, 256))
     caches = [LatentCache(length + 64) for _ in range(2)]
-    token, context = torch.ones(1, 1, dtype=torch.long), torch.ones(1, length, dtype=torch.long)
-    token, context = token.to(few.device), context.to(few.device)
+    context = torch.ones(1, length, dtype=torch.long, device=few.device)
     for network, cache in zip((few, many), caches, strict=True):
         network(context, past_key_values=cache, logits_to_keep=1)
 
-    def run(network, cache):
-        cache.crop(length)
-        for _ in range(tokens):
-            network(token, past_key_values=cache, logits_to_keep=1)
-
-    sides = (lambda: run(few, caches[0])), (lambda: run(many, caches[1]))
+    sides = [stepping_on(m, c, length, tokens) for m, c in zip((few, many), caches, strict=True)]
     timed = pairs(*sides, count, arguments.device)
     ratio = statistics.median(b / a for a, b in timed)
     print(f"| 256 experts instead of 64, decode at {length:,} | | | {ratio:.2f}x the time a token |")
@@ -237,13 +239,7 @@ def fp8(arguments, model, length=4096, tokens=16):
             setattr(module, leaf, torch.nn.Parameter(codes, requires_grad=False))
             setattr(module, leaf + "_scale_inv", torch.nn.Parameter(scale, requires_grad=False))
     cache = filled_caches(model, length, 1)[0]
-    token = torch.ones(1, 1, dtype=torch.long, device=model.device)
-
-    def run():
-        cache.crop(length)
-        for _ in range(tokens):
-            model(token, past_key_values=cache, logits_to_keep=1)
-
+    run = stepping_on(model, cache, length, tokens)
     seconds = statistics.median(clock(run, arguments.device) for _ in range(5)) / tokens
     share = activated_bytes(model) / arguments.read_rate / seconds
     print(f"| decode at {length:,}, FP8 weights | {1 / seconds:,.1f} tokens/s | | | {share:.0%} of the copy rate |")

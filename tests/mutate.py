@@ -69,10 +69,11 @@ EQUIVALENT = [
     ("F.pad(v, (0, max(0,", ["self.N + self.R - self.V -> self.N + self.R + self.V"]),
     # wider by zeros that are cut off again
     ("factor > 1 else 1.0", ["> 1 -> >= 1"]),  # ln 1 = 0
-    ("* (S - T)", ["* (S - T) -> <= self.C"]),  # as dear either way
-    (".clamp(-448, 448)", ["448 -> 449", "(weight / spread(scale, weight.shape)).clamp(-448, )"]),
-    (".clamp(-448, 448)", ["(weight / spread(scale, weight.shape)).clamp(-448, None)"]),
-    (".clamp(-448, 448)", ["(weight / spread(scale, weight.shape)).clamp(None, 448)"]),
+    ("* (S - T)", ["< self.C * (self.N + self.V) * (S - T) -> <= self.C * (self.N + self.V) * (S - T)"]),
+    # as dear either way
+    (".clamp(-448, 448)", ["448 -> 449", "(weight / spread(scale, weight.shape, rows)).clamp(-448, )"]),
+    (".clamp(-448, 448)", ["(weight / spread(scale, weight.shape, rows)).clamp(-448, None)"]),
+    (".clamp(-448, 448)", ["(weight / spread(scale, weight.shape, rows)).clamp(None, 448)"]),
     # the largest of a block is 448 already, up to rounding, and 449 rounds to 448
     ("row = torch.arange(len(p)", ["torch.arange(len(p), )", "torch.arange(len(p), device=None)"]),
     ("torch.arange(len(last)", ["torch.arange(len(last), )", "torch.arange(len(last), device=None)"]),
