@@ -50,7 +50,6 @@ YaRN 2309.00071, loss-free balancing 2408.15664.
 import argparse
 import copy
 import dataclasses
-import difflib
 import fnmatch
 import hashlib
 import itertools
@@ -66,7 +65,7 @@ import time
 import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -144,15 +143,15 @@ class DeepseekV3Config:
     @classmethod
     def tiny(cls, **changes: Any) -> Self:
         """The small model that the demos train: every mechanism of the large one."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        for name in changes.keys() - names:
-            raise ValueError(f"{name!r} is no field of the config; there are {', '.join(sorted(names))}")
         sizes = dict(vocab_size=2048, hidden_size=128, num_hidden_layers=4, first_k_dense_replace=1)
         heads = dict(num_attention_heads=4, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32)
         latents = dict(q_lora_rank=96, kv_lora_rank=64, max_position_embeddings=4096)
         experts = dict(n_routed_experts=16, num_experts_per_tok=4, n_group=4, topk_group=2)
         widths = dict(intermediate_size=384, moe_intermediate_size=96, rope_scaling=None)
-        return cls(**(sizes | heads | latents | experts | widths | changes))
+        config = cls(**(sizes | heads | latents | experts | widths | changes))
+        if config.extra:
+            raise ValueError(f"tiny(…): {', '.join(config.extra)}: no field of the config")
+        return config
 
     @property
     def softmax_scale(self) -> float:
@@ -301,9 +300,6 @@ class Linear(nn.Linear):
         y = linear(x.to(self.weight.device), self.weight, self.weight_scale_inv, self.bias)
         return y.to(x.device)
 
-    def full_weight(self, dtype: torch.dtype) -> Tensor:
-        return dequantise(self.weight, self.weight_scale_inv, dtype)
-
 def is_plain(module: nn.Module, kind: type) -> bool:
     """Whether nobody replaced, hooked, parametrized or wrapped a module of ours.
 
@@ -313,39 +309,34 @@ def is_plain(module: nn.Module, kind: type) -> bool:
     hooks += (module._backward_hooks, module._backward_pre_hooks)
     return type(module) is kind and not any(hooks) and "forward" not in module.__dict__
 
-def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """Rows of x times the matrix of their group: (rows, in), (groups, in, out), ends (groups) of rows."""
-    if torch.compiler.is_compiling() and x.dtype != torch.bfloat16:
-        return grouped_mm_compiled(x, weights, ends)
-    return F.grouped_mm(x, weights, offs=ends)
-
 @torch.library.custom_op("deepseek_v3::grouped_mm", mutates_args=())
-def grouped_mm_compiled(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """F.grouped_mm under torch.compile, which has rules for the bfloat16 one alone."""
-    return F.grouped_mm(x, weights, offs=ends)
+def grouped_mm(x: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
+    """Rows of x times the matrix of their group: (rows, in), (groups, in, out), offs (groups) their ends.
 
-@grouped_mm_compiled.register_fake
-def grouped_mm_shape(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    groups = (len(ends),) if weights.ndim == 2 else ()  # of a gradient of weights
+    F.grouped_mm, as an operator of our own under torch.compile, which knows its bfloat16 form alone.
+    """
+    return F.grouped_mm(x, weights, offs=offs)
+
+@grouped_mm.register_fake
+def grouped_mm_shape(x, weights, offs):
+    groups = (len(offs),) if weights.ndim == 2 else ()  # of a gradient of weights
     return x.new_empty(*groups, x.shape[0], weights.shape[-1])
 
 def grouped_mm_backward(ctx, gradient):
-    x, weights, ends = ctx.saved_tensors
-    of_weights = grouped_mm_compiled(x.mT, gradient, ends)
-    return grouped_mm_compiled(gradient, weights.mT, ends), of_weights, None
+    x, weights, offs = ctx.saved_tensors
+    return grouped_mm(gradient, weights.mT, offs), grouped_mm(x.mT, gradient, offs), None
 
-def grouped_mm_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-grouped_mm_compiled.register_autograd(grouped_mm_backward, setup_context=grouped_mm_context)
+grouped_mm.register_autograd(
+    grouped_mm_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)
 
 # ---- 4. Memory — the latent cache, and what a query may see --------------------------------------
 
 class LatentCache:
     """All that attention remembers: C + R numbers per token per layer (Eqs. 1, 3), nothing per head.
 
-    `length` tokens are held. `documents` (B or 1, length) tells the packed document that each is of,
-    0 at padding; None: they are all of one.
+    `length` tokens are held. `documents` (B, length) tells the packed document that each is of, 0 at
+    padding; None: they are all of one.
     """
 
     def __init__(self, capacity: int = 0) -> None:
@@ -381,9 +372,13 @@ class LatentCache:
         """A cache of its own with each row `repeats` times, to go on from it in several ways."""
         branch = copy.copy(self)
         branch.layers = {i: held.repeat_interleave(repeats, 0) for i, held in self.layers.items()}
-        if self.documents is not None and len(self.documents) > 1:  # one row stands for all
+        if self.documents is not None:
             branch.documents = self.documents.repeat_interleave(repeats, 0)
         return branch
+
+    def advance(self, documents: Tensor | None, T: int) -> None:
+        """T tokens more are held, by every layer."""
+        self.documents, self.length = documents, self.length + T
 
     @property
     def bytes(self) -> int:
@@ -400,52 +395,39 @@ class Context:
     cache: LatentCache | None = None
 
     def to(self, device: torch.device) -> "Context":
-        mask = None if self.mask is None else self.mask.to(device)
-        return Context(self.cos.to(device), self.sin.to(device), mask, self.cache)
+        moved = (None if part is None else part.to(device) for part in (self.cos, self.sin, self.mask))
+        return Context(*moved, self.cache)
 
 def locate(
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    cache: LatentCache | None,
-    T: int,
-    device: torch.device,
+    attention_mask: Tensor | None, position_ids: Tensor | None, cache: LatentCache | None, x: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Where T new tokens stand: position_ids (B or 1, T), and documents of all keys (B or 1, S).
+    """Where new tokens x (B, T, D) stand: position_ids (B or 1, T), and documents of all keys (B, S).
 
     Documents count from 1, and 0 is padding; None stands for one document without padding. They come
     from a mask (B, S), else from positions that restart within a row; else the last one goes on.
     """
-    past, documents = (0, None) if cache is None else (cache.length, cache.documents)
-    compiling = torch.compiler.is_compiling()  # then nothing may depend on a tensor's numbers
+    (B, T), past = x.shape[:2], 0 if cache is None else cache.length
+    documents = None if cache is None else cache.documents
+    starts, compiling = x.new_zeros(B, T, dtype=torch.bool), torch.compiler.is_compiling()
+    if position_ids is not None and attention_mask is None:
+        first = (position_ids[:, :1] == 0) & (past > 0)
+        starts = torch.cat([first, position_ids.diff(dim=-1) != 1], -1).expand(B, -1)  # (B, T)
     if attention_mask is not None and attention_mask.ndim == 2:
         # Without padding the plain-causal form is faster; asking costs one synchronisation.
         plain = T > 1 and not compiling and bool(attention_mask.all())
         documents = None if plain else attention_mask.long()
-    elif position_ids is not None and attention_mask is None:
-        first = (position_ids[:, :1] == 0) & (past > 0)
-        starts = torch.cat([first, position_ids.diff(dim=-1) != 1], -1)  # (B or 1, T)
-        if documents is not None or compiling or bool(starts.any()):
-            documents = append_documents(documents, starts, past)
-    elif documents is not None:
-        documents = append_documents(documents, documents.new_zeros(1, T), past)
+    elif documents is not None or position_ids is not None and (compiling or bool(starts.any())):
+        held = starts.new_ones(B, past, dtype=torch.long) if documents is None else documents  # (B, S - T)
+        newest = F.pad(held, (1, 0), value=1).amax(-1, keepdim=True)
+        documents = torch.cat([held, newest + starts.cumsum(-1)], -1)  # (B, S)
     if position_ids is None and documents is None:
-        position_ids = torch.arange(past, past + T, device=device).unsqueeze(0)
+        position_ids = torch.arange(past, past + T, device=x.device).unsqueeze(0)
     elif position_ids is None:  # a document's first token has position 0, wherever padding puts it
         newest = documents == documents.amax(-1, keepdim=True)
         position_ids = (newest.cumsum(-1) - 1).clamp(min=0)[:, -T:]
     return position_ids, documents
 
-def append_documents(documents: Tensor | None, starts: Tensor, past: int) -> Tensor:
-    """Documents of `past` keys and of new ones, which begin where starts (B or 1, T) -> (B or 1, S)."""
-    held = starts.new_ones(1, past, dtype=torch.long) if documents is None else documents
-    newest = F.pad(held, (1, 0), value=1).amax(-1, keepdim=True)
-    new = newest + starts.cumsum(-1)  # (B or 1, T)
-    rows = max(len(held), len(new))
-    return torch.cat([held.expand(rows, -1), new.expand(rows, -1)], -1)  # (B or 1, S)
-
-def visible(
-    documents: Tensor | None, given: Tensor | None, T: int, S: int, device: torch.device
-) -> Tensor | None:
+def visible(documents: Tensor | None, given: Tensor | None, T: int, S: int, device: torch.device):
     """Which keys a query sees, (B or 1, 1, T, S): True, or a number to be added to its score.
 
     None: plain causal, or a single query that sees every key. Made from positions, not from a square
@@ -456,27 +438,23 @@ def visible(
     query = torch.arange(S - T, S, device=device).unsqueeze(1)  # (T, 1)
     key = torch.arange(S, device=device)  # (S)
     if given is None:
-        causal = (key <= query)[None, None]  # (1, 1, T, S)
-        return causal if documents is None else causal & same_document(documents, T)
+        mask = (key <= query)[None, None]  # (1, 1, T, S)
+        if documents is not None:  # padding sees padding alone
+            mask = mask & (documents[:, None, -T:, None] == documents[:, None, None, :])  # (B, 1, T, S)
+        return mask
     boolean = given.dtype == torch.bool
     sees = given if boolean else given > torch.finfo(given.dtype).min / 2
     blind = ~sees.any(-1, keepdim=True) & (key == query)  # such a query sees itself: no row is empty
     return given | blind if boolean else given.masked_fill(blind, 0.0)
 
-def same_document(documents: Tensor, T: int) -> Tensor:
-    """Whether the last T tokens are of a key's document; padding sees padding alone -> (B, 1, T, S)."""
-    return documents[:, None, -T:, None] == documents[:, None, None, :]
-
 def masked(scores: Tensor, mask: Tensor | None) -> Tensor:
     """Scores (B, H, T, S) in float32, -inf where a query does not see a key."""
-    T, S = scores.shape[-2:]
+    (T, S), scores = scores.shape[-2:], upcast(scores)
     if mask is None and T > 1:
         mask = torch.ones(T, S, dtype=torch.bool, device=scores.device).tril(S - T)
     if mask is None:
-        return upcast(scores)
-    if mask.dtype == torch.bool:
-        return upcast(scores).masked_fill(~mask, -math.inf)
-    return upcast(scores) + mask
+        return scores
+    return scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
 
 # ---- 5. Multi-head latent attention — §2.1.1, Eqs. 1–11 -----------------------------------------
 
@@ -586,7 +564,8 @@ class MLA(nn.Module):
         q·(W^UK c) = (W^UKᵀ q)·c: the up-projection of keys moves into the query, that of values into
         the output, and all heads share the cached latent as one key and value, read once.
         """
-        w_kv = self.kv_b_proj.full_weight(latent.dtype).unflatten(0, (self.H, self.N + self.V))  # (H, N + V, C)
+        w_kv = dequantise(self.kv_b_proj.weight, self.kv_b_proj.weight_scale_inv, latent.dtype)  # (H*(N + V), C)
+        w_kv = w_kv.unflatten(0, (self.H, self.N + self.V))  # (H, N + V, C)
         w_uk, w_uv = w_kv.split([self.N, self.V], 1)  # (H, N, C), (H, V, C)
         q_latent = torch.einsum("bthn,hnc->bthc", q_nope, w_uk)  # (B, T, H, C)
         q = torch.cat([q_latent, q_rope], -1) * self.scale  # (B, T, H, C + R)
@@ -635,20 +614,15 @@ class Router(nn.Module):
         self.register_buffer("load", load, persistent=False)
 
     def forward(self, x: Tensor) -> Routing:
-        scores = self.scores(x)  # (B, T, E) Eq. 15
+        autocast = torch.is_autocast_enabled(x.device.type)  # it would round the scores to bfloat16
+        with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+            scores = F.linear(upcast(x), upcast(self.weight)).sigmoid()  # (B, T, E) Eq. 15
         choice = self.limit_groups(scores.detach() + self.e_score_correction_bias)  # (B, T, E)
         indices = choice.topk(self.K, sorted=False).indices  # (B, T, K) Eq. 16
         weights = scores.gather(-1, indices)  # (B, T, K) Eq. 14: of the unbiased scores
         if self.normalise:  # NOTE(hf) gate-epsilon
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)  # (B, T, K) Eq. 13
         return Routing(scores, indices, weights * self.scaling)  # NOTE(checkpoint) routed-scaling
-
-    def scores(self, x: Tensor) -> Tensor:
-        """Affinity of each token with each expert, (B, T, E), in float32 under autocast too."""
-        if not torch.is_autocast_enabled(x.device.type):
-            return F.linear(upcast(x), upcast(self.weight)).sigmoid()
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(upcast(x), upcast(self.weight)).sigmoid()
 
     def limit_groups(self, choice: Tensor) -> Tensor:
         """Take experts outside a token's best groups out of reach; choice (B, T, E) -> the same."""
@@ -722,8 +696,9 @@ class Experts(nn.Module):
         ends = torch.searchsorted(expert, every, right=True, out_int32=True)  # (E) of its rows
         # index_select: the backward of x[...] adds rows up in another order each time.
         rows = x.index_select(0, order // weights.shape[-1])  # (B*T*K, D)
-        gate, up = (grouped_mm(rows, w.mT, ends) for w in (self.gate_proj, self.up_proj))
-        visits = grouped_mm(F.silu(gate) * up, self.down_proj.mT, ends)  # (B*T*K, D)
+        product = grouped_mm if torch.compiler.is_compiling() else F.grouped_mm
+        gate, up = (product(rows, w.mT, offs=ends) for w in (self.gate_proj, self.up_proj))
+        visits = product(F.silu(gate) * up, self.down_proj.mT, offs=ends)  # (B*T*K, D)
         visits = torch.empty_like(visits).index_copy_(0, order, visits).unflatten(0, weights.shape)
         return (visits * weights.unsqueeze(-1)).sum(-2)  # (B*T, D) Eq. 12
 
@@ -817,7 +792,7 @@ class ModelOutput:
     main_loss: Maybe = None  # the loss without the two below
     mtp_loss: Maybe = None  # Eq. 25 without λ
     balance_loss: Maybe = None  # Eq. 17 without α, all layers, in training; of each row (B) without a head
-    documents: Maybe = None  # (B or 1, T): see LatentCache
+    documents: Maybe = None  # (B, T): see LatentCache
     inputs_embeds: Maybe = None  # (B, T, D): what entered the first layer
 
     def __getitem__(self, key: str | int | slice) -> Any:
@@ -924,26 +899,21 @@ class DeepseekV3Model(PreTrainedModel):
         x = embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, D)
         cache = LatentCache() if use_cache and past_key_values is None else past_key_values
         check_context(self, x, attention_mask, position_ids, cache)
-        T, device = x.shape[1], x.device
-        positions, documents = locate(attention_mask, position_ids, cache, T, device)
+        positions, documents = locate(attention_mask, position_ids, cache, x)
         context = self.context(positions, documents, attention_mask, cache)
         layers, results = self.layers[: self.config.num_hidden_layers], []
         for layer in layers:
             x, attention, routing = self.run(layer, context, x, output_attentions=output_attentions)
             results.append((x if output_hidden_states else None, attention, routing))
-        last = self.norm(x.to(self.norm.weight.device)).to(device)  # (B, T, D)
-        states, attentions, routings = zip(*results, strict=True)
-        out = ModelOutput(last_hidden_state=last, past_key_values=cache, inputs_embeds=embeds)
+        last = self.norm(x.to(self.norm.weight.device)).to(embeds.device)  # (B, T, D)
         if cache is not None:
-            cache.documents, cache.length = documents, cache.length + T
-        if documents is not None:
-            out.documents = documents[:, -T:]
-        if output_hidden_states:  # the last layer's state is shown after the norm
-            out.hidden_states = (embeds, *states[:-1], last)
-        if output_attentions:
-            out.attentions = attentions
-        if output_routing or self.training:
-            out.routing = tuple(routing for routing in routings if routing is not None)
+            cache.advance(documents, x.shape[1])
+        out = ModelOutput(last_hidden_state=last, past_key_values=cache, inputs_embeds=embeds)
+        out.documents = None if documents is None else documents[:, -x.shape[1] :]
+        states, attentions, routings = zip(*results, strict=True)
+        out.hidden_states = (embeds, *states[:-1], last) if output_hidden_states else None
+        out.attentions = attentions if output_attentions else None
+        out.routing = tuple(filter(None, routings)) if output_routing or self.training else None
         if self.training:
             out.balance_loss = balance(layers, routings, out.documents, last)  # section 9
         return out
@@ -957,10 +927,8 @@ class DeepseekV3Model(PreTrainedModel):
 
     def run(self, layer: nn.Module, context: Context, *inputs: Tensor, **flags: bool) -> tuple:
         """A layer, where its weights are; recomputed in backward if asked -> (B, T, D), …"""
-        device = next(layer.parameters(), inputs[0]).device
-        call = layer
-        if self.recompute and self.training:
-            call = partial(checkpoint, layer, use_reentrant=False)
+        device, recompute = next(layer.parameters(), inputs[0]).device, self.recompute and self.training
+        call = partial(checkpoint, layer, use_reentrant=False) if recompute else layer
         return first_of(call(*(x.to(device) for x in inputs), context.to(device), **flags), 3)
 
 class DeepseekV3ForCausalLM(PreTrainedModel):
@@ -1011,12 +979,12 @@ class DeepseekV3ForCausalLM(PreTrainedModel):
         embeds, logits, losses = out.inputs_embeds, [], out.balance_loss
         # NOTE(checkpoint) mtp-input: after the final norm, where others measured more acceptance.
         hidden, T = out.last_hidden_state, embeds.shape[1]
-        positions, documents = locate(attention_mask, position_ids, None, T, embeds.device)
+        positions, documents = locate(attention_mask, position_ids, None, embeds)
         given = attention_mask is not None and attention_mask.ndim == 4
         for k, block in enumerate(self.mtp_blocks[: T - 1], 1):
             here, mask = None, attention_mask[..., k:, :-k] if given else None
             if documents is not None:  # a row whose two tokens are of two documents is of none
-                here = documents[:, :-k].where(documents[:, :-k] == documents[:, k:], 0)  # (B or 1, T-k)
+                here = documents[:, :-k].where(documents[:, :-k] == documents[:, k:], 0)  # (B, T-k)
             context = self.model.context(positions[:, :-k], here, mask, None)
             hidden, _, routing = self.model.run(block, context, hidden[:, :-1], embeds[:, k:])  # (B, T-k, D)
             if losses is not None:
@@ -1123,10 +1091,8 @@ def add_balance_loss(model: PreTrainedModel, out: ModelOutput, labels: Tensor, c
     """Add α · balance loss: the mean over rows or, of a part of a batch, each row by its labels."""
     if out.balance_loss is None:  # the trunk is not in training mode
         return
-    share = 1 / len(out.balance_loss)
-    if count is not None:
-        share = (labels.unflatten(0, (len(labels), -1)).flatten(1) != -100).sum(-1) / count  # (B)
-    out.balance_loss = (out.balance_loss * share).sum()
+    rows = len(labels) if count is None else count / (labels != -100).sum(-1)  # () or (B)
+    out.balance_loss = (out.balance_loss / rows).sum()
     out.loss = out.loss + model.config.balance_loss_weight * out.balance_loss
 
 def classification_loss(model: PreTrainedModel, out: ModelOutput, labels: Tensor, count: Any) -> None:
@@ -1168,19 +1134,16 @@ def balance(layers: nn.ModuleList | list, routings: tuple | list, documents: May
 
     Called once per forward, outside the layers: recomputing one in backward does not count twice.
     """
-    mask = None if documents is None else (documents > 0).expand(hidden.shape[:2])  # (B, T)
+    mask = None if documents is None else documents > 0  # (B, T)
     loss = torch.zeros(len(hidden), device=hidden.device)  # (B)
     for layer, routing in zip(layers, routings, strict=True):
         gate = next((module for module in layer.modules() if isinstance(module, Router)), None)
         if gate is None or routing is None:  # a dense layer, or somebody else's experts
             continue
-        here = routing.scores.device
-        real = None if mask is None else mask.to(here)  # (B, T)
-        visits = torch.ones_like(routing.indices)
-        visits = visits if real is None else visits * real.unsqueeze(-1)  # (B, T, K)
-        load = gate.load.to(here).scatter_add(0, routing.indices.flatten(), visits.flatten())  # (E)
-        gate.load = load
-        loss = loss + balance_loss(routing.scores, gate.K, real).to(loss.device)
+        scores, indices = routing.scores.to(loss.device), routing.indices.to(loss.device)
+        visits = torch.ones_like(indices) if mask is None else mask.long().unsqueeze(-1).expand_as(indices)
+        gate.load = gate.load.to(loss.device).scatter_add(0, indices.flatten(), visits.flatten())  # (E)
+        loss = loss + balance_loss(scores, gate.K, mask)
     return loss
 
 @torch.no_grad()
@@ -1217,25 +1180,19 @@ def trace(model: nn.Module, *patterns: str) -> Iterator[dict[str, Any]]:
     """
     if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
         raise ValueError("trace: a compiled model does not run hooks; trace the model that was compiled")
-    names, seen, handles = dict(model.named_modules()), {}, []
-
-    def record(_module, _inputs, output, name):
-        seen[name] = output
-
-    try:
-        for pattern in patterns:
-            hits = fnmatch.filter(names, pattern) + fnmatch.filter(names, "*." + pattern)
-            if not hits:
-                last = pattern.rsplit(".", 1)[-1]
-                near = [name for name in names if last in name] or list(names)[1:]
-                raise ValueError(f"no module matches {pattern!r}; there are {', '.join(near[:12])}, …")
-            handles += [names[n].register_forward_hook(partial(record, name=n)) for n in hits]
+    names, seen = dict(model.named_modules()), {}
+    hits = {pattern: fnmatch.filter(names, pattern) + fnmatch.filter(names, "*." + pattern) for pattern in patterns}
+    for pattern in (pattern for pattern in patterns if not hits[pattern]):
+        last = pattern.rsplit(".", 1)[-1]
+        near = [name for name in names if last in name] or list(names)[1:]
+        raise ValueError(f"no module matches {pattern!r}; there are {', '.join(near[:12])}, …")
+    with ExitStack() as handles:
+        for name in itertools.chain(*hits.values()):
+            record = lambda _module, _inputs, output, name=name: seen.update({name: output})  # noqa: E731
+            handles.enter_context(names[name].register_forward_hook(record))
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
     if patterns and not seen:
-        raise RuntimeError("trace: no module that matches ran; under torch.compile hooks do not, so call the model itself")
+        raise RuntimeError("trace: no matching module ran; compiled ones run no hooks, call the model itself")
 
 def described(value: Any) -> str:
     """What was given, for an error: a tensor's dtype and shape, or the type of something else."""
@@ -1274,34 +1231,26 @@ def check_context(model: DeepseekV3Model, x: Tensor, attention_mask: Any, positi
     if torch.compiler.is_compiling():
         return
     (B, T), config = x.shape[:2], model.config
-    if cache is not None:
-        check_cache(model, cache, B)
-    length = T + (0 if cache is None else cache.length)
+    if not isinstance(cache, LatentCache | None):
+        raise ValueError(f"past_key_values: {described(cache)}: must be what a call before gave")
+    length, layers = (T, {}) if cache is None else (T + cache.length, cache.layers if cache.length else {})
+    for held in layers.values():
+        width = config.kv_lora_rank + config.qk_rope_head_dim
+        check_tensor("past_key_values", held, FLOATS, (B, "S", width))
+    if cache is not None and model.recompute and model.training:
+        raise ValueError("gradient_checkpointing recomputes layers, and use_cache would store them twice")
     if attention_mask is not None:
-        wide = [(rows, 1, T, length) for rows in {B, 1}]
+        wide = [(rows, 1, T, length) for rows in (B, 1)]
         check_tensor("attention_mask", attention_mask, MASKS, (B, length), *wide)
-        flat = attention_mask.ndim == 2
-        if flat and attention_mask.is_cpu and not ((attention_mask == 0) | (attention_mask == 1)).all():
-            raise ValueError("attention_mask: must hold nothing but 0 (padding) and 1")
-        if not flat:
+        if attention_mask.ndim == 4:
             check_tensor("attention_mask", attention_mask, (torch.bool, *FLOATS), *wide)
+        elif attention_mask.is_cpu and not ((attention_mask == 0) | (attention_mask == 1)).all():
+            raise ValueError("attention_mask: must hold nothing but 0 (padding) and 1")
     if position_ids is not None:
         check_tensor("position_ids", position_ids, IDS, (B, T), (1, T))
     if length > config.max_position_embeddings:
         what = f"{length} positions, but max_position_embeddings={config.max_position_embeddings}"
         warnings.warn(f"{what}: quality may drop", stacklevel=3)
-
-def check_cache(model: DeepseekV3Model, cache: Any, B: int) -> None:
-    """ValueError unless a cache is one of ours, of as many rows, and its layers are not recomputed."""
-    if not isinstance(cache, LatentCache):
-        raise ValueError(f"past_key_values: {described(cache)}: must be what a call before gave")
-    rows_width = B, model.config.kv_lora_rank + model.config.qk_rope_head_dim
-    for held in cache.layers.values() if cache.length else ():
-        if held.shape[::2] != rows_width:
-            found = f"{tuple(held.shape[::2])} rows and numbers per token"
-            raise ValueError(f"past_key_values: {found}: must be {rows_width}")
-    if model.recompute and model.training:
-        raise ValueError("gradient_checkpointing recomputes layers, and use_cache would store them twice")
 
 def check_request(labels: Any, logits_to_keep: Any, output_mtp: bool, past: int) -> None:
     """ValueError for what a causal LM cannot be asked for, or not together."""
@@ -1327,11 +1276,9 @@ def check_labels(labels: Any, shape: tuple, classes: int) -> None:
 
 def check_classes(labels: Any, logits: Tensor) -> None:
     """ValueError unless labels are what classification_loss takes with these logits."""
-    B, classes, tensor = len(logits), logits.shape[-1], isinstance(labels, Tensor)
-    numbers = tensor and (classes == 1 or labels.is_floating_point())
-    if logits.ndim == 2 and numbers:
-        flat = [(B,)] if classes == 1 else []
-        check_tensor("labels", labels, (*FLOATS, *IDS), (B, classes), *flat)
+    (B, *_), classes, tensor = logits.shape, logits.shape[-1], isinstance(labels, Tensor)
+    if logits.ndim == 2 and tensor and (classes == 1 or labels.is_floating_point()):
+        check_tensor("labels", labels, (*FLOATS, *IDS), (B, classes), *([(B,)] if classes == 1 else []))
     else:
         flat = tensor and logits.ndim == 2
         check_labels(labels.flatten() if flat else labels, logits.shape[:-1], classes)
@@ -1499,11 +1446,11 @@ class Drafter:
 
     def run(self, i, hidden, tokens, mask):
         """New rows of module i: hidden (B, T, D) with the embeddings of tokens (B, T) -> (B, T, D)."""
-        cache, main, T = self.caches[i], self.model.model, tokens.shape[1]
-        positions, documents = locate(mask, None, cache, T, hidden.device)
+        cache, main = self.caches[i], self.model.model
+        positions, documents = locate(mask, None, cache, hidden)
         context = main.context(positions, documents, None, cache)
         hidden, *_ = main.run(self.blocks[i], context, hidden, main.embed_tokens(tokens))  # (B, T, D)
-        cache.documents, cache.length = documents, cache.length + T
+        cache.advance(documents, tokens.shape[1])
         return hidden
 
 def decode(model, window, attention_mask, sampling, most_drafts, text):
@@ -1614,21 +1561,14 @@ def check_config(config):
             value = getattr(config, name) if hasattr(config, name) else config.extra[name]
             raise ValueError(f"{name}={value!r}: must be {right}")
 
-    fields = {field.name: field.type for field in dataclasses.fields(config)}
-    for key in config.extra:
-        for meant in difflib.get_close_matches(key, fields, n=1, cutoff=0.9):
-            raise ValueError(f"{key!r} is not a config field: did you mean {meant!r}?")
-    for name, kind in fields.items():
-        check_field(name, kind, getattr(config, name), require)
-    L = config.num_hidden_layers + config.num_nextn_predict_layers
-    require("n_routed_experts", config.n_routed_experts * L <= MOST, f"at most {MOST // L}")
-    G, per_group = config.n_group, config.n_routed_experts // config.n_group
+    for field in dataclasses.fields(config):
+        check_field(field.name, field.type, getattr(config, field.name), require)
+    heads, G, per_group = config.num_attention_heads, config.n_group, config.n_routed_experts // config.n_group
     reach = config.topk_group * per_group
-    heads = config.num_attention_heads
     require("num_key_value_heads", config.num_key_value_heads == heads, f"{heads}, as other heads")
     require("qk_rope_head_dim", config.qk_rope_head_dim % 2 == 0, "even: RoPE turns pairs")
     require("n_routed_experts", config.n_routed_experts % G == 0, f"divisible by n_group={G}")
-    require("n_group", G == 1 or per_group >= 2, "1, or leave 2 experts or more a group")
+    require("n_group", G == 1 or per_group >= 2, "1, or leave 2 experts or more per group")
     require("topk_group", config.topk_group <= G, f"at most n_group={G}")
     require("num_experts_per_tok", config.num_experts_per_tok <= reach, f"at most {reach}")
     require("rope_theta", config.rope_theta > 1, "above 1")
@@ -1640,35 +1580,23 @@ def check_config(config):
     require("quantization_config", released, f"as released, {QUANTIZATION}")
     if config.rope_scaling is not None:
         check_yarn(config.rope_scaling)
-    for key, value in config.to_dict().items():
-        try:
-            json.dumps(value, indent=2)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"{key} cannot be written to config.json: {error}") from None
 
-# Bounds of whole numbers, if not 1..MOST: larger ones overflow in torch, more layers take forever.
-MOST = 10**6
-BOUNDS = {"num_hidden_layers": (1, 1000), "num_nextn_predict_layers": (0, 1000)}
-BOUNDS |= {"first_k_dense_replace": (0, MOST), "n_shared_experts": (0, MOST)}
-BOUNDS |= {"max_position_embeddings": (1, 10**12)}
-CAN_BE_ZERO = ("initializer_range", "mtp_loss_weight", "balance_loss_weight")
+LARGEST = 10**6  # of whole numbers: sizes beyond it overflow in torch
+MAY_BE_ZERO = ("num_nextn_predict_layers", "first_k_dense_replace", "n_shared_experts")
+MAY_BE_ZERO += ("initializer_range", "mtp_loss_weight", "balance_loss_weight")
 
 def check_field(name, kind, value, require):
     """The type and the bounds of one field."""
-    boolean = isinstance(value, bool) == (kind is bool)
-    require(name, isinstance(value, kind) and boolean, getattr(kind, "__name__", kind))
+    boolean = isinstance(value, bool)
+    require(name, isinstance(value, kind) and boolean == (kind is bool), getattr(kind, "__name__", kind))
     if name.endswith("token_id"):
         ids = value if isinstance(value, list) else [] if value is None else [value]
         valid = all(type(token) is int and -1 <= token < 2**31 for token in ids)
         require(name, valid, "a token id or None, eos_token_id also a list of them")
-    elif kind in (int, int | None) and value is not None:
-        least, most = BOUNDS.get(name, (1, MOST))
-        require(name, value >= least, f"{least} or more")
-        require(name, value <= most, f"at most {most}")
-    elif kind == int | float:
-        zero = name in CAN_BE_ZERO
-        right = "0 or more, and finite" if zero else "above 0, and finite"
-        require(name, 0 < value < 1e18 or zero and value == 0, right)
+    elif isinstance(value, int | float) and not boolean:
+        zero, whole = name in MAY_BE_ZERO, kind != int | float and name != "max_position_embeddings"
+        require(name, value > 0 or zero and value == 0, "0 or more" if zero else "above 0")
+        require(name, value <= (LARGEST if whole else 1e12), f"at most {LARGEST if whole else 1e12:,.0f}")
 
 def check_yarn(yarn):
     """ValueError for YaRN settings that cannot work."""
@@ -1699,12 +1627,6 @@ def read_json(path):
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds {type(content).__name__}, must be a JSON object")
-    level = [content]
-    for _ in range(100):  # deeper, printing or writing it could meet Python's limit
-        inner = (v.values() if isinstance(v, dict) else v for v in level)
-        level = [v for values in inner for v in values if isinstance(v, dict | list)]
-    if level:
-        raise ValueError(f"{path}: nested more than 100 deep")
     return content
 
 def write_json(path, content):
@@ -1743,75 +1665,69 @@ def released_in_fp8(name, tensor):
 def holds_fp8(model):
     return any(parameter.dtype == FP8 for parameter in model.parameters())
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX, SINGLE, SHARD = "model.safetensors.index.json", "model.safetensors", r"[^/\\]+\.safetensors"
 
 class Checkpoint:
     """The tensors of a folder by name; a file is opened when something in it is asked for."""
 
     def __init__(self, directory):
-        self.directory, self.headers, self.open = as_path(directory), {}, (None, None)
+        self.directory, self.headers, self.newest = as_path(directory), {}, (None, None)
         if os.path.isfile(self.directory / SINGLE):  # it goes before an index, as in transformers
-            self.files = {SINGLE: SINGLE}
-            self.headers[SINGLE] = self.header(SINGLE)
-            self.files, self.metadata = dict.fromkeys(self.headers[SINGLE], SINGLE), self.file(SINGLE).metadata()
+            self.files, metadata = dict.fromkeys(self.open(SINGLE).keys(), SINGLE), self.open(SINGLE).metadata()
         elif os.path.isfile(self.directory / INDEX):
             index = read_json(self.directory / INDEX)
-            self.files, self.metadata = index.get("weight_map"), index.get("metadata")
+            self.files, metadata = index.get("weight_map"), index.get("metadata")
             for name, file in self.files.items() if isinstance(self.files, dict) else [("", None)]:
-                if not re.fullmatch(r"[^/\\]+\.safetensors", str(file)):
+                if not re.fullmatch(SHARD, str(file)):
                     what = f"{self.directory / INDEX}: weight_map[{name!r}]={file!r}"
                     raise ValueError(f"{what}: must be a .safetensors file beside it")
         else:
             raise FileNotFoundError(f"{directory}: no {SINGLE}, no {INDEX} (pickles are not read)")
         # A save that was cut off at its very end left its config under the name that the weights give.
-        metadata = self.metadata if isinstance(self.metadata, dict) else {}
-        pending = self.directory / Path(str(metadata.get("config"))).name
-        self.config_file = pending if os.path.isfile(pending) else self.directory / "config.json"
+        pending = metadata.get("config") if isinstance(metadata, dict) else None
+        self.config_file = self.directory / Path(str(pending)).name
+        if not os.path.isfile(self.config_file):
+            self.config_file = self.directory / "config.json"
 
-    def file(self, name):
-        """An open file. Only the last one stays open: the pages of a file stay in memory as long."""
-        if self.open[0] != name:
-            path = self.directory / name
-            if not os.path.isfile(path):
-                raise FileNotFoundError(f"{path}: no such file")
+    def open(self, file):
+        """A file. Only the newest stays open, since its pages stay in memory as long as it does."""
+        path = self.directory / file
+        if self.newest[0] != file and not os.path.isfile(path):
+            raise FileNotFoundError(f"{path}: no such file")
+        if self.newest[0] != file:
             try:
-                self.open = name, safe_open(path, framework="pt")  # checks names, sizes and offsets
+                self.newest = file, safe_open(path, framework="pt")  # checks names, sizes and offsets
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
-        return self.open[1]
-
-    def header(self, name):
-        """{tensor: (dtype, shape)} of a file."""
-        file = self.file(name)
-        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118: no dict
-        return {key: (KINDS.get(s.get_dtype(), s.get_dtype()), tuple(s.get_shape())) for key, s in slices.items()}
+        return self.newest[1]
 
     def find(self, name):
         """Dtype and shape of a tensor; ValueError if its file and the index disagree."""
         file = self.files[name]
         if file not in self.headers:
-            header = self.header(file)
+            header = {each: self.open(file).get_slice(each) for each in self.open(file).keys()}  # noqa: SIM118
             listed = {each for each, place in self.files.items() if place == file}
             for odd in sorted(header.keys() ^ listed):
                 raise ValueError(f"{self.directory / file}: {INDEX} disagrees with it about {odd}")
-            self.headers[file] = header
-        return self.headers[file][name]
+            self.headers[file] = {each: (part.get_dtype(), tuple(part.get_shape())) for each, part in header.items()}
+        kind, shape = self.headers[file][name]
+        return KINDS.get(kind, kind), shape
 
     def read(self, name):
         """A tensor, its numbers still in the file that it is of."""
-        return self.file(self.files[name]).get_tensor(name)
+        return self.open(self.files[name]).get_tensor(name)
 
     def copy_to(self, name, weight, scale):
-        """Fill `weight`, and `scale` if it has one, with a tensor; in FP8, dequantised if it has none."""
-        given = self.read(name)
+        """Fill `weight` with a tensor, and `scale` with its scales; without `scale`, FP8 is dequantised."""
+        given, scales = self.read(name), None
         if given.dtype == FP8:
-            scales = self.read(name + SCALE).float()
+            scales = self.read(name + SCALE).to(weight.device).float()
             if not scales.isfinite().all():
                 raise ValueError(f"{name + SCALE}: holds a NaN or an infinity")
-            if scale is None:
-                given = dequantise(given.to(weight.device), scales.to(weight.device), weight.dtype)
-            else:
-                scale.copy_(scales)
+        if scale is not None:
+            scale.copy_(scales)
+        elif scales is not None:
+            given = dequantise(given.to(weight.device), scales, weight.dtype)
         weight.copy_(given)
 
 def owner(model, name):
@@ -1890,7 +1806,8 @@ def load_pretrained(cls, directory, device_map, dtype, num_hidden_layers, max_me
                     weight.normal_(0, config.initializer_range if weight.ndim > 1 else 0)
             bar.update(sizes[name])
     model.tie_weights()
-    place_angles(model)
+    trunk = getattr(model, "model", model)  # makes positions, and so angles, where its embedding is
+    trunk.rotary_emb.to(trunk.embed_tokens.weight.device)
     if dtype is not None:
         config.extra.pop("quantization_config", None)
     return model.eval()
@@ -1916,12 +1833,6 @@ def hold(model, name, kind, device):
     setattr(module, leaf, nn.Parameter(weight, requires_grad=kind != FP8) if trained else weight)
     return weight, scale
 
-def place_angles(model):
-    """Rotary frequencies go where the embedding is, since positions are made there."""
-    for module in model.modules():
-        if isinstance(module, DeepseekV3Model):
-            module.rotary_emb.to(module.embed_tokens.weight.device)
-
 def slice_config(config, stored, kept, causal):
     """Cut a config to `kept` layers, if asked for, and to the MTP modules that are there."""
     depth, mtp = config.num_hidden_layers, config.num_nextn_predict_layers
@@ -1934,11 +1845,6 @@ def slice_config(config, stored, kept, causal):
     if mtp and causal and not any(name.startswith(mtp_layers) for name in stored.files):
         warnings.warn(f"{stored.directory}: announces MTP modules, but holds none", stacklevel=3)
         config.num_nextn_predict_layers = 0
-    layers = config.num_hidden_layers + config.num_nextn_predict_layers * causal
-    routed = max(0, layers - config.first_k_dense_replace) * config.n_routed_experts
-    if max(layers, routed) > len(stored.files):  # said before all of them are built
-        what = f"{layers} layers, {routed} routed experts, of which most are missing"
-        raise ValueError(f"{stored.directory}: its config announces {what}")
 
 def check_coverage(model, stored, sources, whole):
     """ValueError unless every tensor of the model is stored, in its shape, and nothing else is."""
@@ -1972,10 +1878,10 @@ def check_coverage(model, stored, sources, whole):
 
 def check_copies(stored, copies):
     """ValueError for a repeated embedding or head that is not the one that is kept."""
-    for copy, of in copies.items():
-        both = (stored.read(name).view(torch.uint8) for name in (copy, of) if copy in stored.files)
-        if copy in stored.files and not torch.equal(*both):
-            raise ValueError(f"{copy}: differs from {of}, of which it must be a copy")
+    for double, of in copies.items():
+        both = (stored.read(name).view(torch.uint8) for name in (double, of) if double in stored.files)
+        if double in stored.files and not torch.equal(*both):
+            raise ValueError(f"{double}: differs from {of}, of which it must be a copy")
 
 def held_kinds(model, sources, stored, dtype=None):
     """{name: dtype it is held in}: `dtype`, or the widest stored; FP8 where there is room for scales."""
@@ -2099,7 +2005,7 @@ def stored_tensors(model, quantize):
             yield piece, one.contiguous()
             if its_scale is not None:
                 yield piece + SCALE, its_scale.contiguous()
-        yield from ((copy, weight.clone()) for copy, of in copies.items() if of in pieces)
+        yield from ((double, weight.clone()) for double, of in copies.items() if of in pieces)
 
 def in_shards(tensors, limit):
     """Dicts of tensors, of at most `limit` bytes or of one tensor."""
@@ -2183,7 +2089,7 @@ def files_of_older(directory):
         except (OSError, ValueError):  # there is none, or it is broken
             continue
         found += listed.values() if isinstance(listed, dict) else listed if isinstance(listed, list) else []
-    return {name for name in found if re.fullmatch(r"[^/\\]+\.safetensors", str(name))} - {SINGLE}
+    return {name for name in found if re.fullmatch(SHARD, str(name))} - {SINGLE}
 
 def parse_size(name, size):
     """Bytes of "5GB", "200MB", "16GiB" or a number; ValueError names the argument."""
@@ -2414,8 +2320,7 @@ class Trainer:
         options, began, progress = self.options, time.perf_counter(), self.step / self.options.steps
         self.model.train()
         self.config.mtp_loss_weight = 0.3 if progress < 10 / 14.8 else 0.1  # λ, §4.2
-        first, ramp = self.position, progress / options.batch_ramp if options.batch_ramp else 1.0
-        losses = self.backward(min(1.0, 0.2 + 0.8 * ramp))  # the report's batch grows fivefold
+        first, losses = self.position, self.backward()
         if not math.isfinite(losses["loss"]):
             found = f"step {self.step + 1}: the loss is {losses['loss']}"
             raise FloatingPointError(f"{found}; the last good state is in {self.out / 'states'}")
@@ -2434,10 +2339,10 @@ class Trainer:
         line |= {"grad_norm": float(getattr(norm, "full_tensor", lambda: norm)())}
         return line | {"tokens_per_second": speed, "layer_violations": violations}
 
-    def backward(self, ramp):
+    def backward(self):
         """Gradients of the global batch, in options.accumulate parts -> the means of its losses."""
         options, names = self.options, ("loss", "main_loss", "mtp_loss", "balance_loss")
-        share = max(1, int(options.batch * ramp) // (self.world * options.accumulate))
+        share = options.batch // (self.world * options.accumulate)
         means = torch.zeros(len(names), device=self.device)
         for _ in range(options.accumulate):
             input_ids, labels = self.corpus.batch(self.position + self.rank * share, share)
@@ -2726,7 +2631,6 @@ def add_train(commands):
     train.add_argument("--out", default="out", help="folder for checkpoint, states, metrics.jsonl")
     train.add_argument("--steps", type=count, default=550)
     train.add_argument("--batch", type=count, default=16, help="sequences of all processes")
-    train.add_argument("--batch-ramp", type=part, default=0.0, help="part of a run it grows in")
     train.add_argument("--length", type=within(4, 1e9), default=128, help="tokens a sequence")
     train.add_argument("--accumulate", type=count, default=1, help="parts a batch runs in")
     train.add_argument("--recompute", action="store_true", help="recompute layers to save memory")
@@ -2734,7 +2638,7 @@ def add_train(commands):
     train.add_argument("--warmup", type=part, default=0.1, help="part it rises over")
     train.add_argument("--gamma", type=part, default=0.002, help="step of the router bias")
     train.add_argument("--centred", action="store_true", help="router bias steps of mean zero")
-    train.add_argument("--vocab-size", type=within(258, MOST), default=2048, help="tokens to learn")
+    train.add_argument("--vocab-size", type=within(258, LARGEST), default=2048, help="tokens to learn")
     train.add_argument("--eval-every", type=count, default=100, help="steps")
     train.add_argument("--save-every", type=count, default=250, help="steps between states")
     train.add_argument("--keep", type=count, default=2, help="states to keep")

@@ -14,11 +14,77 @@ import tempfile
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import deepseek_v3  # noqa: E402
 
 CORPUS = {}  # the folder whose tokenizer and tokens all runs share
+
+# ---- FP8 in simulation, §3.3: what multiplies is rounded to E4M3, products add up in float32 ----
+
+
+def through_fp8(x, rows):
+    """x rounded to E4M3 in blocks of rows x 128 that have a scale each; gradients pass unrounded."""
+    codes, scale = deepseek_v3.quantise(x, rows)
+    height, width = x.shape[-2:]
+    scale = scale.repeat_interleave(rows, -2)[..., :height, :]
+    scale = scale.repeat_interleave(deepseek_v3.BLOCK, -1)[..., :width]
+    return x + ((codes.float() * scale).to(x.dtype) - x).detach()
+
+
+def round_gradient(x):
+    """x, whose gradient is rounded to E4M3 in tiles of 1 x 128 when it comes."""
+    if x.requires_grad:
+        x.register_hook(lambda gradient: through_fp8(gradient, 1))
+    return x
+
+
+class FP8Linear(deepseek_v3.Linear):
+    """A map in FP8: inputs and gradients have a scale for each 1 x 128, weights for each 128 x 128."""
+
+    def forward(self, x):
+        weight = through_fp8(self.weight, deepseek_v3.BLOCK).to(x.dtype)
+        return round_gradient(F.linear(through_fp8(x, 1), weight, self.bias))
+
+
+class FP8Experts(deepseek_v3.Experts):
+    """Routed experts whose three maps are as FP8Linear's, by grouped products."""
+
+    def forward(self, x, indices, weights):
+        (expert, order), K = indices.flatten().sort(stable=True), indices.shape[-1]
+        every = torch.arange(len(self.gate_proj), device=x.device)
+        ends = torch.searchsorted(expert, every, right=True, out_int32=True)
+
+        def product(rows, stack):
+            stack = through_fp8(stack, deepseek_v3.BLOCK).mT
+            return round_gradient(F.grouped_mm(through_fp8(rows, 1), stack, offs=ends))
+
+        rows = x.flatten(0, 1).index_select(0, order // K)
+        visits = product(F.silu(product(rows, self.gate_proj)) * product(rows, self.up_proj), self.down_proj)
+        visits = torch.empty_like(visits).index_copy_(0, order, visits).unflatten(0, (-1, K))
+        return (visits * weights.flatten(0, 1).unsqueeze(-1)).sum(-2).to(x.dtype).view_as(x)
+
+
+def swap_in_fp8(model):
+    """Put such modules in place of a model's maps, with the same parameters, and return the model.
+
+    Embedding, head, router, norms and attention itself keep their precision, as in the release.
+    """
+    for name, module in list(model.named_modules()):
+        with torch.device("meta"):
+            if isinstance(module, deepseek_v3.Experts):
+                new = FP8Experts(model.config)
+            elif isinstance(module, deepseek_v3.Linear) and deepseek_v3.released_in_fp8(name, module.weight):
+                new = FP8Linear(module.in_features, module.out_features, module.bias is not None)
+            else:
+                continue
+        new.load_state_dict(module.state_dict(keep_vars=True), assign=True)
+        model.set_submodule(name, new.train(module.training))
+    return model
+
+
+# ---- Runs ----
 
 
 def start(out, seed=0, steps=250, config=None, flags=()):
@@ -35,9 +101,10 @@ def start(out, seed=0, steps=250, config=None, flags=()):
     return deepseek_v3.Trainer(deepseek_v3.parser().parse_args(words))
 
 
-def train(out, *arguments, **options):
-    """Train in folder `out` -> its lines of metrics, the last with val_loss."""
+def train(out, *arguments, change=lambda model: model, **options):
+    """Train in folder `out`, the model changed before -> lines of metrics, the last with val_loss."""
     trainer, lines = start(out, *arguments, **options), []
+    change(trainer.model)
     while trainer.step < trainer.options.steps:
         lines.append(trainer.train_step())
         print(f"\r{out.name} step {trainer.step} loss {lines[-1]['main_loss']:.3f}", end="", file=sys.stderr)
@@ -81,8 +148,8 @@ def fp8(folder, steps, seeds):
     print(f"tiny config, {steps} steps, {seeds} seeds; loss: mean of the last 50 steps")
     print("| products in | main loss | against float32, by seed |\n| --- | --: | --: |")
     means, calm = {}, ("--lr", "0.001")  # at a higher rate any rounding sends a run its own way
-    for name, flags in (("float32", calm), ("FP8", (*calm, "--fp8"))):
-        runs = [train(folder / f"{name}-{s}", s, steps, flags=flags) for s in range(seeds)]
+    for name, change in (("float32", lambda model: model), ("FP8", swap_in_fp8)):
+        runs = [train(folder / f"{name}-{s}", s, steps, flags=calm, change=change) for s in range(seeds)]
         means[name] = [statistics.mean(line["main_loss"] for line in r[-50:]) for r in runs]
         ratios = [a / b - 1 for a, b in zip(means[name], means["float32"], strict=True)]
         errors = ", ".join(f"{ratio * 100:+.2f} %" for ratio in ratios)
@@ -96,8 +163,7 @@ def forward(folder, steps, seeds, checkpoint="out"):
     tokens, labels = corpus.held_out(32)
     with torch.no_grad():
         plain = model(tokens, labels=labels).main_loss.item()
-        deepseek_v3.simulate_fp8(model)
-        rounded = model(tokens, labels=labels).main_loss.item()
+        rounded = swap_in_fp8(model)(tokens, labels=labels).main_loss.item()
     print(f"held-out loss {plain:.4f}, with products in FP8 {rounded:.4f}: {rounded / plain - 1:+.2%}")
 
 

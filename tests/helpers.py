@@ -2,7 +2,9 @@
 
 import torch
 
-from deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM
+from deepseek_v3 import MLA, DeepseekV3Config, DeepseekV3ForCausalLM
+
+FORMS = ["absorbed", "fused", "eager"]  # of attention
 
 # YaRN with a short original context, so that a few tokens already feel it.
 SHORT_YARN = {"type": "yarn", "factor": 8, "original_max_position_embeddings": 32}
@@ -54,6 +56,59 @@ def pad(rows, side, value=0):
         where = slice(T - len(row), T) if side == "left" else slice(0, len(row))
         ids[i, where], mask[i, where] = row, 1
     return ids, mask
+
+
+def close(a, b, tolerance=1e-10):
+    """Equal up to rounding: of float64, unless a tolerance is given."""
+    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
+def force(monkeypatch, form):
+    """Make attention take one of its forms everywhere."""
+    monkeypatch.setattr(MLA, "form", lambda self, *_: getattr(self, "attend_" + form))
+
+
+@torch.no_grad()
+def in_chunks(model, ids, sizes, mask=None, position_ids=None, always=True):
+    """Logits of all tokens, fed through a cache in chunks of these sizes; and the cache.
+
+    Not `always`: the mask is given where it has something to say, and else the cache remembers it.
+    """
+    cache, chunks, end = None, [], 0
+    for size in sizes:
+        begin, end = end, end + size
+        where = None if position_ids is None else position_ids[:, begin:end]
+        held = mask if mask is None or mask.ndim == 2 else mask[..., begin:end, :]
+        if held is not None:
+            held = held[..., :end] if always or not mask[:, begin:end].all() else None
+        out = model(ids[:, begin:end], held, where, cache, use_cache=True)
+        cache = out.past_key_values
+        chunks.append(out.logits)
+    return torch.cat(chunks, 1), cache
+
+
+@torch.no_grad()
+def greedy(model, row, new, stops=()):
+    """Greedy decoding of one row (T) as it is defined: a pass over everything for each token."""
+    for _ in range(new):
+        row = torch.cat([row, model(row[None]).logits[0, -1:].argmax(-1)])
+        if int(row[-1]) in stops:
+            break
+    return row
+
+
+def filtered(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """A distribution (vocab) after the filters, token by token from the likeliest on."""
+    p = (logits.double() / temperature).softmax(-1)
+    order = sorted(range(len(p)), key=lambda i: -p[i])[: top_k or len(p)]
+    total = sum(float(p[i]) for i in order)
+    kept, before = torch.zeros_like(p), 0.0
+    for i in order:
+        share = float(p[i]) / total
+        if before < top_p and share >= min_p * float(p[order[0]]) / total:
+            kept[i] = share
+        before += share
+    return kept / kept.sum()
 
 
 # Released config.json files, cut down to what the model is made from and a few keys that it keeps.

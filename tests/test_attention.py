@@ -1,19 +1,15 @@
-"""Attention: rotary positions, both orders of the same products, latent cache, masks, watching."""
+"""Attention: rotary positions, three forms of the same products, latent cache, masks, watching."""
 
 import math
 
 import pytest
 import torch
-from helpers import SHORT_YARN, build, pad, tiny, tokens
+from helpers import FORMS, SHORT_YARN, build, close, force, in_chunks, pad, tiny, tokens
+from torch import nn
 
-from deepseek_v3 import MLA, DeepseekV3Model, LatentCache, apply_rope, attention_pattern
-from deepseek_v3 import key_mask, trace
+from deepseek_v3 import DeepseekV3Model, LatentCache, Linear, apply_rope, trace, visible
 
 LAYERS, C, R, H, E, K = 3, 11, 8, 3, 12, 4  # of the small model
-
-
-def close(a, b, tolerance=1e-10):
-    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
 
 
 @pytest.fixture(scope="module")
@@ -22,27 +18,15 @@ def model():
     return build(dtype=torch.float64)
 
 
-@pytest.fixture(params=[True, False], ids=["absorbed", "expanded"])
-def either_order(request, monkeypatch):
-    """Attention forced into one of its two forms."""
-    monkeypatch.setattr(MLA, "absorbing_is_cheaper", lambda self, T, S: request.param)
+@pytest.fixture(params=FORMS)
+def form(request, monkeypatch):
+    """Attention forced into one of its three forms."""
+    force(monkeypatch, request.param)
 
 
 @torch.no_grad()
-def logits(model, ids, **more):
-    return model(ids, **more).logits
-
-
-@torch.no_grad()
-def in_chunks(model, ids, sizes, mask=None):
-    """Logits of all tokens, fed through a cache in chunks; and the cache."""
-    cache, chunks = None, []
-    for end, size in zip(torch.tensor(sizes).cumsum(0).tolist(), sizes, strict=True):
-        held = None if mask is None else mask[:, :end]
-        out = model(ids[:, end - size : end], held, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        chunks.append(out.logits)
-    return torch.cat(chunks, 1), cache
+def logits(model, ids, *more, **named):
+    return model(ids, *more, **named).logits
 
 
 # ---- Rotary positions ----
@@ -50,28 +34,8 @@ def in_chunks(model, ids, sizes, mask=None):
 
 def rotate(x, positions, **changes):
     """RoPE on x (T, R) at the given positions."""
-    rotary = DeepseekV3Model(tiny(**changes)).rotary_emb
-    return apply_rope(x[None, :, None], rotary(torch.tensor(positions)[None]))[0, :, 0]
-
-
-def test_position_0_is_not_turned():
-    x = torch.randn(5, R, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(rotate(x, [0] * 5), x)
-
-
-def test_turning_keeps_the_norm():
-    x = torch.randn(6, R, generator=torch.Generator().manual_seed(0))
-    turned = rotate(x, [0, 1, 7, 100, 3000, 9999])
-    close(turned.norm(dim=-1), x.norm(dim=-1), 1e-5)
-
-
-@pytest.mark.parametrize("shift", [1, 13, 200])
-def test_scores_depend_on_the_distance_only(shift):
-    q, k = torch.randn(2, 1, R, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    here = (rotate(q, [9]) * rotate(k, [4])).sum()
-    there = (rotate(q, [9 + shift]) * rotate(k, [4 + shift])).sum()
-    close(there, here, 1e-4)
-    assert abs((rotate(q, [10]) * rotate(k, [4])).sum() - here) > 1e-3
+    cos, sin = DeepseekV3Model(tiny(**changes)).rotary_emb(torch.tensor(positions)[None])
+    return apply_rope(x[None, :, None], cos, sin)[0, :, 0]
 
 
 @pytest.mark.parametrize("position", [1, 5, 77])
@@ -83,26 +47,40 @@ def test_rotary_pairs_are_neighbours_and_not_halves(position):
     close(rotate(x, [position], rope_scaling=None), torch.view_as_real(turned).view(1, R), 1e-5)
 
 
-def test_yarn_works_below_its_original_context():
-    """It is a property of the weights, not of how long a prompt happens to be."""
+def test_turning_keeps_the_norm_and_position_0_keeps_all():
+    x = torch.randn(6, R, generator=torch.Generator().manual_seed(0))
+    close(rotate(x, [0, 1, 7, 100, 3000, 9999]).norm(dim=-1), x.norm(dim=-1), 1e-5)
+    assert torch.equal(rotate(x, [0] * 6), x)
+
+
+@pytest.mark.parametrize("shift", [1, 13, 200])
+def test_scores_depend_on_the_distance_only(shift):
+    q, k = torch.randn(2, 1, R, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    here = (rotate(q, [9]) * rotate(k, [4])).sum()
+    there = (rotate(q, [9 + shift]) * rotate(k, [4 + shift])).sum()
+    close(there, here, 1e-4)
+    assert abs((rotate(q, [10]) * rotate(k, [4])).sum() - here) > 1e-3
+
+
+def test_yarn_is_a_property_of_the_weights_and_not_of_a_prompts_length(model):
     yarn = SHORT_YARN | {"original_max_position_embeddings": 4096}
     with_yarn, without = build(rope_scaling=yarn), build(rope_scaling=None)
     with_yarn.load_state_dict(without.state_dict())
-    ids = tokens(1, 6)
-    assert (logits(with_yarn, ids) - logits(without, ids)).abs().max() > 1e-3
-
-
-def test_a_long_prompt_does_not_change_how_its_start_is_read(model):
+    assert (logits(with_yarn, tokens(1, 6)) - logits(without, tokens(1, 6))).abs().max() > 1e-3
     ids = tokens(1, 80)  # beyond the 32 positions of the original context
     close(logits(model, ids)[:, :20], logits(model, ids[:, :20]))
 
 
-def test_angles_are_made_for_real_whatever_device_the_model_is_built_on():
+@pytest.mark.parametrize("changes", [{}, {"rope_scaling": None}], ids=str)
+def test_angles_are_made_for_real_whatever_happens_to_the_model(changes):
     """They are no weights: nothing would ever fill them in behind `torch.device("meta")`."""
-    for changes in ({}, {"rope_scaling": None}):
-        with torch.device("meta"):
-            built = DeepseekV3Model(tiny(**changes)).rotary_emb
-        close(built.inv_freq, DeepseekV3Model(tiny(**changes)).rotary_emb.inv_freq)
+    right = DeepseekV3Model(tiny(**changes)).rotary_emb.inv_freq
+    with torch.device("meta"):
+        built = DeepseekV3Model(tiny(**changes))
+    for found in (built, built.to_empty(device="cpu"), built.bfloat16(), built.double()):
+        assert torch.equal(found.rotary_emb.inv_freq, right)
+        assert found.rotary_emb.inv_freq.dtype == torch.float32
+    assert "rotary_emb.inv_freq" not in built.state_dict()
 
 
 # ---- The equations ----
@@ -139,46 +117,42 @@ def attention_by_the_equations(attn, inv_freq, x):
 
 
 @torch.no_grad()
-def test_attention_is_what_the_equations_say(either_order):
+def test_attention_is_what_the_equations_say(form):
     model = build(rms_norm_eps=0.1)
     with trace(model, "layers.0.input_layernorm", "layers.0.self_attn") as seen:
         model(tokens(1, 7))
     attn, inv_freq = model.model.layers[0].self_attn, model.model.rotary_emb.inv_freq
-    x = seen["model.layers.0.input_layernorm"][0]
-    close(seen["model.layers.0.self_attn"][0], attention_by_the_equations(attn, inv_freq, x), 1e-4)
+    x, (out, _) = seen["model.layers.0.input_layernorm"][0], seen["model.layers.0.self_attn"]
+    close(out[0], attention_by_the_equations(attn, inv_freq, x), 1e-4)
+
+
+ROWS = [tokens(9), tokens(5, seed=2), tokens(1, seed=3)]
 
 
 def padded(side):
-    """Three rows of 9, 5 and 1 tokens; no padding: three of 9."""
-    if side is None:
-        return tokens(3, 9), None
-    return pad([tokens(9), tokens(5, seed=2), tokens(1, seed=3)], side)
+    """Three rows of 9, 5 and 1 tokens and their mask; no padding: three of 9."""
+    return (tokens(3, 9), None) if side is None else pad(ROWS, side, value=7)
 
 
-@pytest.mark.parametrize("sizes", [[9], [5, 4]], ids=["one pass", "behind a cache"])
 @pytest.mark.parametrize("side", [None, "left", "right"])
-def test_absorbed_is_expanded(model, side, sizes, monkeypatch):
-    found = []
-    for absorb in (True, False):
-        monkeypatch.setattr(MLA, "absorbing_is_cheaper", lambda self, T, S, choice=absorb: choice)
-        ids, mask = padded(side)
-        found.append(in_chunks(model, ids, sizes, mask)[0])
-    close(*found)
-
-
-def test_absorbed_and_expanded_have_the_same_gradients(monkeypatch):
-    found = []
-    for absorb in (True, False):
-        monkeypatch.setattr(MLA, "absorbing_is_cheaper", lambda self, T, S, choice=absorb: choice)
+def test_the_three_forms_have_the_same_values_and_gradients(side, monkeypatch):
+    """In one pass, and behind a cache."""
+    found, (ids, mask) = [], padded(side)
+    for name in FORMS:
+        force(monkeypatch, name)
         model = build(dtype=torch.float64)
-        model(tokens(2, 9), labels=tokens(2, 9)).loss.backward()
-        found.append([p.grad for p in model.parameters()])
-    for absorbed, expanded in zip(*found, strict=True):
-        close(absorbed, expanded)
+        values, cache = in_chunks(model, ids, [5, 4], mask)
+        out = model(ids, mask, labels=ids)
+        (out.loss + model(tokens(3, 4), past_key_values=cache).logits.square().mean()).backward()
+        gradients = [p.grad for p in model.model.layers[:LAYERS].parameters()]
+        found.append([values, out.logits.detach(), *gradients])
+    for absorbed, fused, eager in zip(*found, strict=True):
+        close(absorbed, eager)
+        close(fused, eager)
 
 
 @torch.no_grad()
-def test_bfloat16_comes_close_in_either_order(either_order):
+def test_bfloat16_comes_close_in_every_form(form):
     """Absorbed, the float32 softmax meets bfloat16 latents and weights."""
     ids = tokens(2, 9)
     found = in_chunks(build(dtype=torch.bfloat16, num_hidden_layers=1), ids, [5, 4])[0]
@@ -187,60 +161,97 @@ def test_bfloat16_comes_close_in_either_order(either_order):
     assert (found.float() - exact).norm() < 0.03 * exact.norm()
 
 
+def test_decoding_absorbs_and_training_expands():
+    """All give the same, in other times and with other things to watch: so the choice is asked for."""
+    attn = build(num_hidden_layers=1).model.layers[0].self_attn
+
+    def taken():
+        """In training, in decoding, and where the probabilities are asked for."""
+        asked = [(30, 30, False), (1, 31, False), (1, 31, True)]
+        return " ".join(attn.form(*sizes).__name__.removeprefix("attend_") for sizes in asked)
+
+    assert taken() == "fused absorbed eager"
+    for hook in ("forward", "forward_pre", "full_backward", "full_backward_pre"):
+        for module, right in ((attn.kv_b_proj, "fused fused eager"), (attn.softmax, "eager eager eager")):
+            handle = getattr(module, f"register_{hook}_hook")(lambda *_: None)
+            assert taken() == right
+            handle.remove()
+    assert taken() == "fused absorbed eager"
+
+
+class Sharper(nn.Module):
+    def forward(self, scores):
+        return (2 * scores).softmax(-1)
+
+
+class Doubled(Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Twice(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def double(attn, how):
+    """Keys and values twice as large, by every way to change a module's output."""
+    if how == "replaced":
+        attn.kv_b_proj, old = Doubled(11, 33), attn.kv_b_proj
+        attn.kv_b_proj.to(torch.float64).load_state_dict(old.state_dict())
+    elif how == "hooked":
+        attn.kv_b_proj.register_forward_hook(lambda module, inputs, output: 2 * output)
+    elif how == "parametrized":
+        nn.utils.parametrize.register_parametrization(attn.kv_b_proj, "weight", Twice())
+    else:
+        attn.kv_b_proj.weight.data *= 2
+
+
+@pytest.mark.parametrize("how", ["replaced", "hooked", "parametrized"])
+def test_a_changed_up_projection_is_heard_in_prefill_and_decoding(model, how):
+    found, ids = [], tokens(2, 9)
+    for way in ("by its weight", how):
+        changed = build(dtype=torch.float64)
+        for layer in changed.model.layers:
+            double(layer.self_attn, way)
+        found.append(in_chunks(changed, ids, [5, 1, 1, 2])[0])
+    close(*found)
+    assert (found[0] - logits(model, ids)).abs().max() > 1e-3
+
+
+def test_a_changed_softmax_is_heard_in_prefill_and_decoding(model):
+    changed, hooked, scaled = (build(dtype=torch.float64) for _ in range(3))
+    for one, two, three in zip(changed.model.layers, hooked.model.layers, scaled.model.layers, strict=True):
+        one.self_attn.softmax = Sharper()
+        two.self_attn.softmax.register_forward_pre_hook(lambda module, scores: 2 * scores[0])
+        three.self_attn.scale *= 2
+    ids = tokens(2, 9)
+    right = in_chunks(scaled, ids, [5, 1, 1, 2])[0]
+    assert (right - logits(model, ids)).abs().max() > 1e-3
+    for other in (changed, hooked):
+        close(in_chunks(other, ids, [5, 1, 1, 2])[0], right)
+
+
 # ---- The cache ----
 
 SPLITS = [[1] * 9, [9], [5, 4], [4, 5], [2, 3, 4], [8, 1], [1, 8]]
 
 
 @pytest.mark.parametrize("sizes", SPLITS, ids=str)
-def test_any_split_into_chunks_is_one_pass(model, sizes, either_order):
-    ids = tokens(2, 9)
-    close(in_chunks(model, ids, sizes)[0], logits(model, ids))
-
-
-@pytest.mark.parametrize("sizes", [[1] * 9, [5, 4], [2, 3, 4]], ids=str)
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_any_split_of_padded_rows_is_one_pass(model, sizes, side, either_order):
-    ids, mask = padded(side)
-    real = mask.bool()
-    at_once = logits(model, ids, attention_mask=mask)
-    close(in_chunks(model, ids, sizes, mask)[0][real], at_once[real])
-
-
-@torch.no_grad()
-def test_the_cache_remembers_the_padding(model):
-    ids, mask = pad([tokens(6), tokens(3, seed=2)], "left")
-    more = tokens(2, 2, seed=4)
-    cache = model(ids, mask, use_cache=True).past_key_values
-    alone = in_chunks(model, torch.cat([tokens(3, seed=2), more[1]])[None], [5])[0]
-    close(model(more, past_key_values=cache).logits[1], alone[0, 3:])
+def test_any_split_of_a_batch_is_each_row_alone_in_one_pass(model, sizes, form):
+    for side in (None, "left", "right"):
+        ids, mask = padded(side)
+        found = in_chunks(model, ids, sizes, mask)[0]
+        for i, row in enumerate(ids if side is None else ROWS):
+            close(found[i] if side is None else found[i][mask[i].bool()], logits(model, row[None])[0])
 
 
 def test_the_cache_holds_a_latent_and_a_rotary_key_a_token_and_layer(model):
-    _, cache = in_chunks(model, tokens(2, 9), [5, 4])
+    assert model(tokens(1, 3)).past_key_values is None
+    cache = model(tokens(2, 9), use_cache=True).past_key_values
     assert cache.bytes == 2 * 9 * LAYERS * (C + R) * 8  # rows, tokens, layers, numbers, float64
     assert cache.length == 9
-
-
-def test_no_cache_unless_asked(model):
-    assert model(tokens(1, 3)).past_key_values is None
-
-
-def test_the_cache_keeps_no_gradient_graph(model):
-    cache = model(tokens(1, 3), use_cache=True).past_key_values
     assert not any(held.requires_grad for held in cache.layers.values())
-
-
-@torch.no_grad()
-def test_growing_does_not_copy_the_cache_at_every_token():
-    model = build(DeepseekV3Model, num_hidden_layers=1)
-    ids, cache, blocks = tokens(1, 1000), None, []
-    for t in range(1000):
-        cache = model(ids[:, t : t + 1], past_key_values=cache, use_cache=True).past_key_values
-        if not blocks or cache.layers[0].data_ptr() != blocks[-1].data_ptr():
-            blocks.append(cache.layers[0])  # keeping it keeps its address from being used again
-    assert len(blocks) <= 40
-    assert cache.layers[0].shape[1] <= 2000
 
 
 @pytest.mark.parametrize(
@@ -272,74 +283,136 @@ def test_a_cache_in_training_gives_new_tokens_their_gradients():
     assert torch.equal(new.grad, torch.ones(1, 1, 3))
 
 
-def test_decoding_absorbs_and_training_expands(monkeypatch):
-    """Both give the same, in other times: so the calls are counted."""
-    taken = []
-    for name in ("attend_absorbed", "attend_expanded"):
-        form = getattr(MLA, name)
-        monkeypatch.setattr(
-            MLA, name, lambda *a, form=form, name=name: (taken.append(name), form(*a))[1]
-        )
-    model = build(num_hidden_layers=1)
-    cache = model(tokens(1, 30), use_cache=True).past_key_values
-    model(tokens(1, 1), past_key_values=cache)
-    assert taken == ["attend_expanded", "attend_absorbed"]
+@torch.no_grad()
+@pytest.mark.parametrize("keep", [9, 6, 1, 0, -1, -3, -9])
+def test_a_cropped_cache_forgets_and_keeps_its_padding(model, keep):
+    """keep 9: nothing is forgotten; a negative number drops so many."""
+    for side in (None, "left"):
+        ids, mask = padded(side)
+        cache = model(ids, mask, use_cache=True).past_key_values
+        cache.crop(keep)
+        left = keep if keep >= 0 else 9 + keep
+        assert cache.length == left
+        more = tokens(3, 2, seed=4)
+        found = logits(model, more, past_key_values=cache)
+        for i in range(3):
+            kept = ids[i, :left] if mask is None else ids[i, :left][mask[i, :left].bool()]
+            close(found[i], logits(model, torch.cat([kept, more[i]])[None])[0, len(kept) :])
 
 
-@pytest.mark.parametrize("keep", [0, 1, 6])
-def test_a_cropped_cache_forgets(model, keep):
-    first, second = tokens(2, 9), tokens(2, 4, seed=2)
-    _, cache = in_chunks(model, first, [9])
-    cache.crop(keep)
-    joined = torch.cat([first[:, :keep], second], 1)
-    close(logits(model, second, past_key_values=cache), logits(model, joined)[:, keep:])
-    assert cache.length == keep + 4
+@pytest.mark.parametrize("keep", [10, -10])
+def test_a_cache_cannot_be_cropped_to_what_it_does_not_hold(model, keep):
+    cache = in_chunks(model, *padded("left")[:1], [5, 4])[1]
+    with pytest.raises(ValueError, match=rf"crop\({keep}\).* 9 tokens"):
+        cache.crop(keep)
+    assert cache.length == 9
 
 
 @torch.no_grad()
-def test_a_cropped_cache_keeps_its_padding(model):
-    ids, mask = pad([tokens(6), tokens(3, seed=2)], "left")
-    cache = model(ids, mask, use_cache=True).past_key_values
-    cache.crop(5)
-    more = tokens(2, 2, seed=4)
-    alone = logits(model, torch.cat([tokens(3, seed=2)[:2], more[1]])[None])
-    close(model(more, past_key_values=cache).logits[1], alone[0, 2:])
+@pytest.mark.parametrize("kind", ["plain", "padded", "packed", "packed alike"])
+def test_a_cache_goes_on_in_several_ways(model, kind):
+    """Each branch is its own: the cache that it came from goes on as if there were none."""
+    ids, mask = padded("left" if kind == "padded" else None)
+    given = {"attention_mask": mask} if kind == "padded" else {}
+    if kind.startswith("packed"):
+        given["position_ids"] = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]).expand(1 if "alike" in kind else 3, 9)
+    cache = model(ids, use_cache=True, **given).past_key_values
+    branch = cache.repeat_interleave(2)
+    more = tokens(6, 3, seed=4)
+    found = logits(model, more, past_key_values=branch)
+    assert (cache.length, branch.length, branch.bytes) == (9, 12, 2 * cache.bytes * 12 // 9)
+    for start in (0, 1):
+        again = model(ids, use_cache=True, **given).past_key_values
+        close(found[start::2], logits(model, more[start::2], past_key_values=again))
+    close(logits(model, more[::2], past_key_values=cache), found[::2])
 
 
 # ---- What a query may see ----
 
 
-def test_without_padding_there_is_no_pattern():
+def test_without_padding_there_is_no_pattern(model):
     """Plain causal attention, or one query that sees all, is faster without a matrix."""
-    assert attention_pattern(None, 5, 5, "cpu") is None
-    assert attention_pattern(None, 1, 5, "cpu") is None
-    assert attention_pattern(None, 2, 4, "cpu").int().tolist() == [[[[1, 1, 1, 0], [1, 1, 1, 1]]]]
-    assert key_mask(torch.ones(2, 6), None, 2, 6) is None
-    assert key_mask(torch.ones(2, 2), None, 2, 2) is None
-    assert key_mask(torch.ones(2, 1), None, 2, 1).dtype == torch.bool  # asking would cost more
+    assert visible(None, None, 5, 5, "cpu") is None
+    assert visible(None, None, 1, 5, "cpu") is None
+    assert visible(None, None, 2, 4, "cpu").int().tolist() == [[[[1, 1, 1, 0], [1, 1, 1, 1]]]]
+    assert model(tokens(2, 6), torch.ones(2, 6)).documents is None
+    assert model(tokens(2, 6), position_ids=torch.arange(6)[None]).documents is None
+    assert model(tokens(2, 1), torch.ones(2, 1)).documents is not None  # asking would cost more
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_a_padded_row_is_the_row_alone(model, side, either_order):
-    rows = [tokens(9), tokens(5, seed=2), tokens(1, seed=3)]
-    ids, mask = pad(rows, side, value=7)
-    together = logits(model, ids, attention_mask=mask)
-    for i, row in enumerate(rows):
-        close(together[i][mask[i].bool()], logits(model, row[None])[0])
+def square(mask, added=None):
+    """A mask of every query and key, (B, 1, T, S), boolean or to be added."""
+    T = mask.shape[1]
+    sees = (mask[:, None, None].bool() & torch.ones(T, T).tril().bool()).clone()
+    return sees if added is None else torch.zeros(sees.shape).masked_fill(~sees, added)
 
 
-def test_a_mask_of_ones_is_no_mask(model):
-    ids = tokens(2, 6)
-    close(logits(model, ids, attention_mask=torch.ones_like(ids)), logits(model, ids))
+@torch.no_grad()
+@pytest.mark.parametrize("side", [None, "left", "right"])
+def test_masks_of_every_kind_say_the_same(model, side, form):
+    """Of two axes: numbers, booleans, floats. Of four: booleans, or what is added to the scores."""
+    ids, mask = padded(side)
+    mask = torch.ones_like(ids) if mask is None else mask
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)  # what a mask of two axes alone says
+    right, real = logits(model, ids, mask), mask.bool()
+    if side is None:
+        close(logits(model, ids), right)
+    lowest = torch.finfo(torch.float32).min
+    for other in (real, mask.float(), square(mask), square(mask, -math.inf), square(mask, lowest)):
+        close(logits(model, ids, other, positions)[real], right[real])
+        close(in_chunks(model, ids, [4, 1, 4], other, positions)[0][real], right[real])
+        assert logits(model, ids, other, positions).isfinite().all()
+    close(logits(model, ids[:1], square(mask[:1]), positions[:1])[real[:1]], right[:1][real[:1]])
+    if side is None:  # one row of a mask for all
+        close(logits(model, ids, square(mask[:1])), right)
 
 
-def test_a_boolean_mask_is_a_mask(model):
-    ids, mask = padded("left")
-    close(logits(model, ids, attention_mask=mask.bool()), logits(model, ids, attention_mask=mask))
+DOCUMENTS = [[9], [4, 5], [1, 1, 7], [3, 1, 4, 1], [8, 1]]
+
+
+def packed(lengths):
+    """position_ids (1, 9) of documents of these lengths behind one another."""
+    return torch.cat([torch.arange(length) for length in lengths])[None]
+
+
+@pytest.mark.parametrize("sizes", [None, [9], [4, 5], [2, 3, 4], [1] * 9], ids=str)
+def test_packed_documents_are_each_document_alone(model, sizes, form):
+    """In one pass, or behind a cache in chunks, whatever documents are in the rows beside."""
+    positions = torch.cat([packed(lengths) for lengths in DOCUMENTS])
+    ids = tokens(len(DOCUMENTS), 9)
+    if sizes is None:
+        together = logits(model, ids, position_ids=positions)
+    else:
+        together = in_chunks(model, ids, sizes, position_ids=positions)[0]
+    for row, found, lengths in zip(ids, together, DOCUMENTS, strict=True):
+        alone = [logits(model, document[None])[0] for document in row.split(lengths)]
+        close(found, torch.cat(alone), 1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("added", [None, -math.inf], ids=str)
+def test_a_mask_of_packed_documents_says_the_same(model, added):
+    """The same for all rows, as positions (1, T) and as a mask (1, 1, T, T)."""
+    ids, positions = tokens(2, 9), packed([3, 1, 5])
+    document = (positions[0] == 0).cumsum(-1)
+    sees = (document[:, None] == document) & torch.ones(9, 9).tril().bool()
+    mask = sees if added is None else torch.zeros(9, 9).masked_fill(~sees, added)
+    right = logits(model, ids, position_ids=positions)
+    close(logits(model, ids, mask[None, None], positions), right)
+    close(in_chunks(model, ids, [5, 1, 3], mask[None, None], positions)[0], right)
+
+
+@torch.no_grad()
+def test_the_last_packed_document_goes_on_behind_a_cache(model):
+    ids, more = tokens(2, 9), tokens(2, 3, seed=4)
+    cache = model(ids, position_ids=packed([3, 1, 5]), use_cache=True).past_key_values
+    found = [logits(model, more[:, t : t + 1], past_key_values=cache) for t in range(3)]
+    alone = logits(model, torch.cat([ids[:, 4:], more], 1))
+    close(torch.cat(found, 1), alone[:, 5:])
 
 
 @pytest.mark.parametrize("changed", [0, 3, 7])
-def test_no_token_sees_a_later_one(model, changed, either_order):
+def test_no_token_sees_a_later_one(model, changed, form):
     ids = tokens(1, 8)
     other = ids.clone()
     other[0, changed] = (ids[0, changed] + 1) % 61
@@ -350,40 +423,22 @@ def test_no_token_sees_a_later_one(model, changed, either_order):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_a_row_of_padding_gives_no_nan(training, either_order):
+def test_a_row_of_padding_gives_no_nan(training, form):
     model = build().train(training)
     ids, mask = tokens(2, 5), torch.tensor([[1] * 5, [0] * 5])
-    out = model(ids, mask, labels=ids.masked_fill(mask == 0, -100))
-    out.loss.backward()
-    assert out.logits.isfinite().all()
+    for given in (mask, square(mask), square(mask, -math.inf)):
+        out = model(ids, given, labels=ids.masked_fill(mask == 0, -100))
+        out.loss.backward()
+        assert out.logits.isfinite().all()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-def test_default_positions_count_from_the_first_real_token(model):
-    ids, mask = padded("left")
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    given = logits(model, ids, attention_mask=mask, position_ids=positions)
-    close(given, logits(model, ids, attention_mask=mask))
-
-
-def test_shifted_positions_change_nothing(model):
-    ids = tokens(1, 6)
-    shifted = logits(model, ids, position_ids=torch.arange(50, 56)[None])
-    close(shifted, logits(model, ids), 1e-4)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("attention_mask", torch.ones(2, 5)), ("position_ids", torch.arange(5)[None])],
-)
-def test_a_mask_or_positions_of_another_length_are_refused(model, name, value):
-    with pytest.raises(ValueError, match=name):
-        model(tokens(2, 6), **{name: value})
-
-
-def test_positions_may_be_one_row_for_all(model):
+def test_positions_count_from_the_first_token_and_only_distances_matter(model):
     ids = tokens(2, 6)
-    close(logits(model, ids, position_ids=torch.arange(6)[None]), logits(model, ids))
+    right = logits(model, ids)
+    for positions in (torch.arange(6)[None], torch.arange(6).expand(2, 6), torch.arange(6)[None].int()):
+        close(logits(model, ids, position_ids=positions), right)
+    close(logits(model, ids, position_ids=torch.arange(50, 56)[None]), right, 1e-4)
 
 
 @pytest.mark.parametrize("shape", [(2, 5), (1, 5), (3, 6), (6,)], ids=str)
@@ -392,36 +447,14 @@ def test_an_error_of_shape_says_which_would_be_right(model, shape):
         with pytest.raises(ValueError, match=name) as error:
             model(tokens(2, 6), **{name: torch.ones(shape, dtype=torch.long)})
         assert str(shape) in str(error.value) and "(2, 6)" in str(error.value)
-
-
-def test_an_error_of_shape_counts_what_the_cache_holds(model):
     cache = model(tokens(2, 4), use_cache=True).past_key_values
     with pytest.raises(ValueError, match=r"attention_mask.*\(2, 2\).*\(2, 6\)"):
         model(tokens(2, 2), torch.ones(2, 2), past_key_values=cache)
 
 
-@pytest.mark.parametrize(
-    "inputs",
-    [{}, {"input_ids": tokens(1, 3), "inputs_embeds": torch.zeros(1, 3, 32)}],
-    ids=["neither", "both"],
-)
-def test_exactly_one_kind_of_input(model, inputs):
-    with pytest.raises(ValueError, match="input_ids and inputs_embeds"):
-        model(**inputs)
-
-
 def test_embeddings_stand_for_their_tokens(model):
     ids = tokens(2, 6)
     close(logits(model, None, inputs_embeds=model.model.embed_tokens(ids)), logits(model, ids))
-
-
-@pytest.mark.parametrize("token", [-1, 61])
-def test_a_token_outside_the_vocabulary_is_named(model, token):
-    with pytest.raises(ValueError, match=f"input_ids.*{token}"):
-        model(torch.tensor([[3, token]]))
-
-
-# ---- Variants ----
 
 
 @pytest.mark.parametrize(
@@ -441,37 +474,24 @@ def test_variants_agree_with_themselves_through_the_cache(changes):
     close(in_chunks(model, ids, [3, 1, 3])[0], logits(model, ids))
 
 
-def test_without_query_compression_there_is_one_projection():
-    attn = build(q_lora_rank=None).model.layers[0].self_attn
-    assert attn.q_proj.weight.shape == (H * 14, 32)
-    assert not hasattr(attn, "q_a_proj")
-
-
 # ---- Looking inside ----
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("past", [0, 4])
-def test_attention_rows_sum_to_one_and_end_at_the_query(model, past, either_order):
-    ids, cache = tokens(2, 6), None
-    if past:
-        cache = in_chunks(model, tokens(2, past, seed=9), [past])[1]
-    seen = model(ids, past_key_values=cache, output_attentions=True).attentions
-    assert len(seen) == LAYERS
-    for matrix in seen:
-        assert matrix.shape == (2, H, 6, past + 6)
-        close(matrix.sum(-1), torch.ones(2, H, 6, dtype=matrix.dtype))
-        assert torch.equal(matrix, matrix.tril(past))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_no_real_query_attends_to_padding(model, side, either_order):
+@pytest.mark.parametrize("side", [None, "left", "right"])
+def test_attention_rows_sum_to_one_over_the_real_keys_up_to_the_query(model, side):
     ids, mask = padded(side)
-    for matrix in model(ids, mask, output_attentions=True).attentions:
-        real = (mask[:, :, None] * mask[:, None]).bool()[:, None].expand_as(matrix)
-        on_padding = matrix.masked_fill(real, 0).sum(-1)
-        assert (on_padding.transpose(1, 2)[mask.bool()] == 0).all()
+    real = torch.ones(3, 9) if mask is None else mask
+    for past in (0, 4):
+        cache = in_chunks(model, ids, [past], mask)[1] if past else None
+        seen = model(ids[:, past:], mask, past_key_values=cache, output_attentions=True).attentions
+        assert len(seen) == LAYERS
+        for matrix in seen:
+            assert matrix.shape == (3, H, 9 - past, 9)
+            close(matrix.sum(-1), torch.ones(3, H, 9 - past, dtype=matrix.dtype))
+            assert torch.equal(matrix, matrix.tril(past))
+            on_padding = (matrix * (1 - real[:, None, None])).sum(-1).transpose(1, 2)
+            assert (on_padding[real[:, past:] == 1] == 0).all()
 
 
 @torch.no_grad()
@@ -487,6 +507,7 @@ def test_every_output_field_has_its_shape():
     assert [tuple(state.shape) for state in out.hidden_states] == [(2, 5, 32)] * (LAYERS + 1)
     assert torch.equal(out.hidden_states[-1], out.last_hidden_state)
     assert torch.equal(out.hidden_states[0], model.model.embed_tokens(tokens(2, 5)))
+    assert torch.equal(out.hidden_states[0], out.inputs_embeds)
     assert [tuple(matrix.shape) for matrix in out.attentions] == [(2, H, 5, 5)] * LAYERS
     assert all(matrix.is_floating_point() for matrix in out.attentions)
     for routing in out.routing:
@@ -494,13 +515,8 @@ def test_every_output_field_has_its_shape():
         assert routing.indices.shape == routing.weights.shape == (2, 5, K)
     assert len(out.routing) == LAYERS - 1
     assert [tuple(rows.shape) for rows in out.mtp_logits] == [(2, 4, 61)]
-    assert out.loss is None
-
-
-def test_nothing_is_shown_unasked(model):
-    out = model(tokens(1, 3))
-    shown = {name for name, value in vars(out).items() if value is not None}
-    assert shown == {"logits", "last_hidden_state"}
+    assert out.loss is None and out["logits"] is out[0] is out.logits
+    assert len(out[:]) == sum(value is not None for value in vars(out).values())
 
 
 @pytest.mark.parametrize("last", [1, 2, 5])
@@ -511,16 +527,17 @@ def test_logits_of_the_last_tokens_only(model, last):
 
 @torch.no_grad()
 @pytest.mark.parametrize("mask", [None, torch.tensor([[0, 0, 1, 1, 1], [1] * 5])])
-def test_watching_changes_no_bit(mask):
-    model, ids = build(), tokens(2, 5)
-    plain = model(ids, mask).logits
-    with trace(model, "layers.*", "self_attn.softmax", "mlp.gate", "lm_head"):
-        traced = model(ids, mask).logits
-    shown = model(
-        ids, mask, output_attentions=True, output_hidden_states=True, output_routing=True
-    ).logits
-    assert torch.equal(plain, traced)
-    assert torch.equal(plain, shown)
+def test_watching_changes_no_bit_but_where_probabilities_are_shown(model, mask):
+    ids, plain = tokens(2, 5), logits(model, tokens(2, 5), mask)
+    with trace(model, "layers.?", "layers.*.mlp*", "lm_head"):
+        assert torch.equal(logits(model, ids, mask), plain)
+    assert torch.equal(logits(model, ids, mask, output_hidden_states=True, output_routing=True), plain)
+    with trace(model, "self_attn.softmax") as seen:
+        close(logits(model, ids, mask), plain)
+    shown = model(ids, mask, output_attentions=True)
+    close(shown.logits, plain)
+    for matrix, traced in zip(shown.attentions, seen.values(), strict=True):
+        assert torch.equal(matrix, traced)
 
 
 @torch.no_grad()
@@ -534,16 +551,15 @@ def test_trace_records_what_modules_return():
     assert torch.equal(seen[gates[0]].indices, out.routing[0].indices)
 
 
-def test_trace_refuses_a_pattern_that_matches_nothing(model):
+def test_trace_says_what_it_cannot_show_and_leaves_no_hook_behind():
+    model = build()
     with pytest.raises(ValueError, match=r"block\.\*\.mlp\.gate.*model\.layers\.1\.mlp\.gate"):
         with trace(model, "model.norm", "block.*.mlp.gate"):
             pass
-
-
-def test_trace_leaves_no_hook_behind():
-    model = build()
     with pytest.raises(RuntimeError, match="stop"), trace(model, "layers.*", "lm_head"):
         raise RuntimeError("stop")
-    with pytest.raises(ValueError, match="nowhere"), trace(model, "lm_head", "nowhere"):
-        pass
+    with pytest.raises(RuntimeError, match="no module that matches ran"), trace(model, "layers.3"):
+        model(tokens(1, 3))  # its MTP module has nothing to do
     assert not any(module._forward_hooks for module in model.modules())
+    with pytest.raises(ValueError, match="compiled"), trace(torch.compile(model), "lm_head"):
+        pass

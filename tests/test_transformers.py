@@ -10,6 +10,7 @@ The first failure from the top is the part that broke.
 
 import dataclasses
 import functools
+import itertools
 import json
 from typing import NamedTuple
 
@@ -32,52 +33,80 @@ BASE = dict(
     num_labels=5,
 )  # fmt: skip
 
-
 def yarn(factor, original, **settings):
     rope_scaling = dict(type="yarn", factor=factor, original_max_position_embeddings=original)
     return dict(rope_scaling=rope_scaling | settings, max_position_embeddings=factor * original)
 
-
-SHAPES = {
-    "several_groups": {},
-    "one_group": dict(n_group=1, topk_group=1),
-    "no_query_latent": dict(q_lora_rank=None),
-    "two_shared_experts": dict(n_shared_experts=2),
-    "no_dense_layer": dict(first_k_dense_replace=0),
-    "only_dense_layers": dict(first_k_dense_replace=3),
-    "top_1": dict(num_experts_per_tok=1),
-    "top_1_weighed": dict(num_experts_per_tok=1, norm_topk_prob=False),
-    "norm_topk_prob_false": dict(norm_topk_prob=False),
-    "tied_embeddings": dict(tie_word_embeddings=True),
-    "attention_bias": dict(attention_bias=True),
-    "attention_bias_no_query_latent": dict(attention_bias=True, q_lora_rank=None),
-    "coarse_eps": dict(rms_norm_eps=1e-2),  # the norms of the latents keep 1e-6
-    "other_theta": dict(rope_theta=500.0),
-    "values_wider_than_keys": dict(v_head_dim=24),
-    "widths_not_divisible_by_4": dict(hidden_size=30, moe_intermediate_size=14),
-    "yarn_as_v3": yarn(40, 4096, beta_fast=32, beta_slow=1, mscale=1.0, mscale_all_dim=1.0),
-    "yarn_as_v2": yarn(40, 4096, beta_fast=32, beta_slow=1, mscale=0.707, mscale_all_dim=0.707),
-    "yarn_other_settings": dict(qk_rope_head_dim=16, rope_theta=500.0)
-    | yarn(8, 4096, beta_fast=16, beta_slow=4, mscale=1.0, mscale_all_dim=0.5),
-    "yarn_without_mscale": yarn(10, 64),
-    "yarn_attention_factor": yarn(10, 64, attention_factor=1.5, mscale_all_dim=1.0),
+# What may differ from BASE, by dimension; of each the first is the usual one.
+CONFIGS = {
+    "positions": {
+        "plain_rope": {},
+        "other_theta": dict(rope_theta=500.0),
+        "yarn_as_v3": yarn(40, 4096, beta_fast=32, beta_slow=1, mscale=1.0, mscale_all_dim=1.0),
+        "yarn_as_v2": yarn(40, 4096, beta_fast=32, beta_slow=1, mscale=0.707, mscale_all_dim=0.707),
+        "yarn_other_settings": dict(qk_rope_head_dim=16, rope_theta=500.0)
+        | yarn(8, 4096, beta_fast=16, beta_slow=4, mscale=1.0, mscale_all_dim=0.5),
+        "yarn_without_mscale": yarn(10, 64),
+        "yarn_attention_factor": yarn(10, 64, attention_factor=1.5, mscale_all_dim=1.0),
+    },
+    "queries": {"query_latent": {}, "no_query_latent": dict(q_lora_rank=None)},
+    "attention_bias": {"no_attention_bias": {}, "attention_bias": dict(attention_bias=True)},
+    "values": {"narrow_values": {}, "values_wider_than_keys": dict(v_head_dim=24)},
+    "groups": {"several_groups": {}, "one_group": dict(n_group=1, topk_group=1)},
+    "chosen": {"top_4": {}, "top_1": dict(num_experts_per_tok=1)},
+    "weights": {"normalised": {}, "norm_topk_prob_false": dict(norm_topk_prob=False)},
+    "shared": {"one_shared": {}, "two_shared": dict(n_shared_experts=2)},
+    "layers": {"one_dense_layer": {}, "no_dense_layer": dict(first_k_dense_replace=0)},
+    "embeddings": {"own_head": {}, "tied_embeddings": dict(tie_word_embeddings=True)},
+    "eps": {"fine_eps": {}, "coarse_eps": dict(rms_norm_eps=1e-2)},  # latents keep 1e-6
+    "widths": {"widths": {}, "not_divisible_by_4": dict(hidden_size=30, moe_intermediate_size=14)},
 }
 # Mean and spread. Under a negative bias every score + bias is below 0: a 0 would beat them all.
-BIASES = {"zero_bias": (0.0, 0.0), "negative_bias": (-2.0, 0.3), "mixed_bias": (0.0, 0.5)}
+BIASES = {"mixed_bias": (0.0, 0.5), "negative_bias": (-2.0, 0.3), "zero_bias": (0.0, 0.0)}
+CHUNKS = {"shrinking": [4, 3, 2, 1], "one_by_one": [1] * 10, "mostly_new": [1, 6, 3]}
+LABELS = {  # of the classification heads: num_labels and labels
+    "classes": (5, torch.tensor([4, 0, 2])),
+    "several_labels": (5, torch.tensor([[1.0, 0, 0, 1, 0], [0, 0, 0, 0, 1], [1, 1, 0, 0, 0]])),
+    "regression": (1, torch.tensor([0.5, -2.0, 1.0])),
+    "tokens": (5, None),
+}
+DIMENSIONS = CONFIGS | {
+    "side": ["unpadded", "left", "right", "continued"], "bias": BIASES, "chunks": CHUNKS, "labels": LABELS,
+    "size": ["5GB", "30KB"],
+}  # fmt: skip
 
-every_shape = pytest.mark.parametrize("shape", SHAPES)
-every_bias = pytest.mark.parametrize("bias", BIASES)
-PADDED = ["left", "right", "continued"]
-every_padding = pytest.mark.parametrize("side", ["unpadded", *PADDED])
+def all_pairs(dimensions):
+    """Rows, a value of each dimension, in which any two values of two dimensions meet at least once."""
+    choices = [[(name, value) for value in dimensions[name]] for name in dimensions]
+    missing = dict.fromkeys(p for a, b in itertools.combinations(choices, 2) for p in itertools.product(a, b))
+    rows = []
+    while missing:
+        row = list(next(iter(missing)))
+        for options in choices:
+            if options[0][0] not in dict(row):
+                gains = [sum(pair in missing for o in row for pair in ((new, o), (o, new))) for new in options]
+                row.append(options[gains.index(max(gains))])
+        for pair in itertools.permutations(row, 2):
+            missing.pop(pair, None)
+        rows.append(dict(row))
+    return rows
 
+USUAL = {name: next(iter(values)) for name, values in DIMENSIONS.items()}
+ROWS = all_pairs(DIMENSIONS)
+ONLY_DENSE = USUAL | {"layers": "only_dense_layers"}  # beside the pairs, as it leaves out what others vary
+CONFIGS["layers"]["only_dense_layers"] = dict(first_k_dense_replace=3)
+
+def named(row):
+    return "-".join(value for name, value in row.items() if value != USUAL[name]) or "usual"
+
+every_row = pytest.mark.parametrize("row", [*ROWS, ONLY_DENSE], ids=named)
+every_yarn = pytest.mark.parametrize("row", [row for row in ROWS if row["positions"] != "plain_rope"], ids=named)
 
 # ---- The two sides ------------------------------------------------------------------------------
-
 
 class Pair(NamedTuple):
     ours: nn.Module
     theirs: nn.Module
-
 
 @torch.no_grad()
 def randomise(model, bias):
@@ -93,7 +122,6 @@ def randomise(model, bias):
         else:
             tensor.copy_(noise * tensor.shape[-1] ** -0.5)
 
-
 def as_transformers(tensors):
     """Our {name: tensor} as transformers has it: gate and up of an expert are one matrix there."""
     renamed = {}
@@ -105,7 +133,6 @@ def as_transformers(tensors):
             renamed[name] = tensor
     return renamed
 
-
 def their_config(config):
     """transformers' config, from what ours writes into config.json; the plainest code paths."""
     written = json.loads(json.dumps(config.to_dict()))
@@ -113,21 +140,23 @@ def their_config(config):
     read._experts_implementation = "eager"
     return read
 
-
-def build(name="DeepseekV3ForCausalLM", bias="mixed_bias", **changes):
+def build(name="DeepseekV3ForCausalLM", row=USUAL, **changes):
     """A model of that class name on both sides, with the same weights."""
-    ours = getattr(deepseek_v3, name)(deepseek_v3.DeepseekV3Config(**(BASE | changes)))
-    randomise(ours, bias)
+    varied = [values[row[dimension]] for dimension, values in CONFIGS.items()]
+    config = functools.reduce(dict.__or__, varied, BASE) | changes
+    ours = getattr(deepseek_v3, name)(deepseek_v3.DeepseekV3Config(**config))
+    randomise(ours, row["bias"])
     theirs = getattr(transformers, name)(their_config(ours.config))
     theirs.load_state_dict(as_transformers(ours.state_dict()))
     return Pair(ours.eval(), theirs.eval())
 
+def language_models(row=USUAL):
+    """The pair of that row; shared by tests, which leave it as it is."""
+    return shared_pair(tuple(row.items()))
 
 @functools.cache
-def language_models(shape, bias="mixed_bias"):
-    """The pair of that shape; shared by tests, which leave it as it is."""
-    return build(bias=bias, **SHAPES[shape])
-
+def shared_pair(items):
+    return build(row=dict(items))
 
 def batch(side="unpadded"):
     """Token ids (3, 10) and their mask, None if there is no padding; a row may have one token.
@@ -142,10 +171,8 @@ def batch(side="unpadded"):
     mask = mask | (place >= 7) if side == "continued" else mask
     return ids.masked_fill(~mask, BASE["pad_token_id"]), mask.long()
 
-
 def real_tokens(ids, mask):
     return torch.ones_like(ids).bool() if mask is None else mask.bool()
-
 
 def next_tokens(ids, mask):
     """Labels: the tokens, -100 where one is padding or the row that predicts it is."""
@@ -153,11 +180,9 @@ def next_tokens(ids, mask):
     real[:, 1:] = real[:, 1:] & real[:, :-1]
     return ids.masked_fill(~real, -100)
 
-
 def positions(mask):
     """What transformers has to be told, and our model finds out."""
     return None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
-
 
 @torch.no_grad()
 def run(pair, ids, mask=None, **options):
@@ -166,12 +191,9 @@ def run(pair, ids, mask=None, **options):
     theirs = pair.theirs(ids, attention_mask=mask, position_ids=positions(mask), **options)
     return ours, theirs
 
-
 def assert_close(ours, theirs, what):
-    torch.testing.assert_close(
-        ours, theirs, atol=TOLERANCE, rtol=0, msg=lambda text: f"{what} differs. {text}"
-    )
-
+    said = lambda text: f"{what} differs. {text}"  # noqa: E731
+    torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=0, msg=said)
 
 @torch.no_grad()
 def record(model, *args, **options):
@@ -187,12 +209,8 @@ def record(model, *args, **options):
             hook.remove()
     return seen
 
-
-def routers(pair):
-    """The routers of both sides, layer by layer."""
-    layers = zip(pair.ours.model.layers, pair.theirs.model.layers, strict=True)
-    return [(a.mlp.gate, b.mlp.gate) for a, b in layers if hasattr(a.mlp, "gate")]
-
+def vectors(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(2))
 
 def assert_same_routing(ours, theirs, what, rows=...):
     """The same scores, the same experts as sets, the same weight for each; of the given rows."""
@@ -206,14 +224,11 @@ def assert_same_routing(ours, theirs, what, rows=...):
     weights = weights[rows].gather(-1, their_order)
     assert_close(ours.weights[rows].gather(-1, order), weights, f"{what}: weights")
 
-
 # ---- Parts --------------------------------------------------------------------------------------
 
-
-@every_shape
-def test_config_json_is_read_alike_in_both_directions(shape):
-    config = deepseek_v3.DeepseekV3Config(**(BASE | SHAPES[shape]))
-    theirs = their_config(config)
+@every_row
+def test_config_json_is_read_alike_in_both_directions(row):
+    config, theirs = (side.config for side in language_models(row))
     back = deepseek_v3.DeepseekV3Config(**json.loads(theirs.to_json_string(use_diff=False)))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -229,23 +244,20 @@ def test_config_json_is_read_alike_in_both_directions(shape):
         assert their_value == value, field.name
         assert getattr(back, field.name) == value, field.name
 
-
-@pytest.mark.parametrize("scale", [1.0, 1e-2, 1e-4])
-@pytest.mark.parametrize("shape", ["several_groups", "coarse_eps"])
-def test_rms_norm_has_the_same_epsilon_everywhere(shape, scale):
+@every_row
+def test_rms_norm_has_the_same_epsilon_everywhere(row):
     """Small inputs show the epsilon; the norms of the latents have one of their own."""
-    pair = language_models(shape)
+    pair = language_models(row)
     norms = [name for name, _ in pair.ours.named_modules() if name.endswith("norm")]
     assert any("kv_a_layernorm" in name for name in norms)
-    for name in norms:
+    for name, scale in itertools.product(norms, [1.0, 1e-2, 1e-4]):
         ours, theirs = pair.ours.get_submodule(name), pair.theirs.get_submodule(name)
-        x = scale * torch.randn(4, len(ours.weight), generator=torch.Generator().manual_seed(2))
-        assert_close(ours(x), theirs(x), name)
+        x = scale * vectors(4, len(ours.weight))
+        assert_close(ours(x), theirs(x), f"{name} of vectors of size {scale}")
 
-
-@pytest.mark.parametrize("shape", ["other_theta", *(name for name in SHAPES if "yarn" in name)])
-def test_rope_tables_and_softmax_scale(shape):
-    ours, theirs = (side.model for side in language_models(shape))
+@every_row
+def test_rope_tables_and_softmax_scale(row):
+    ours, theirs = (side.model for side in language_models(row))
     assert_close(ours.rotary_emb.inv_freq, theirs.rotary_emb.inv_freq, "inv_freq")
     where = torch.tensor([[*range(64), 639, 4095]])
     their_tables = theirs.rotary_emb(torch.zeros(1), where)  # (1, T, R), the angles twice
@@ -254,198 +266,132 @@ def test_rope_tables_and_softmax_scale(shape):
     scaling = theirs.layers[0].self_attn.scaling
     assert ours.config.softmax_scale == pytest.approx(scaling, rel=1e-6)
 
-
-@every_bias
-@every_shape
-def test_router_chooses_and_weighs_the_same_experts(shape, bias):
-    pair = language_models(shape, bias)
-    x = torch.randn(2, 50, pair.ours.config.hidden_size, generator=torch.Generator().manual_seed(3))
-    for layer, (ours, theirs) in enumerate(routers(pair)):
-        assert_same_routing(ours(x), theirs(x), f"router {layer}")
-
+@every_row
+def test_experts_that_are_chosen_and_what_they_return(row):
+    for layer, (ours, theirs) in enumerate(zip(*(side.model.layers for side in language_models(row)), strict=True)):
+        x = vectors(2, 50, BASE["hidden_size"] if row["widths"] == "widths" else 30)
+        if hasattr(ours.mlp, "gate"):
+            assert_same_routing(ours.mlp.gate(x), theirs.mlp.gate(x), f"router of layer {layer}")
+            assert_close(ours.mlp(x)[0], theirs.mlp(x), f"layers.{layer}.mlp")
+        else:
+            assert_close(ours.mlp(x), theirs.mlp(x), f"layers.{layer}.mlp")
 
 @pytest.mark.parametrize("bias", ["negative_bias", "mixed_bias"])
 def test_router_cases_are_hard_enough(bias):
     """The biases of these tests change choices, and drop below 0 what must still be chosen."""
-    (router, _), *_ = routers(language_models("several_groups", bias))
-    x = torch.randn(2, 50, BASE["hidden_size"], generator=torch.Generator().manual_seed(3))
-    routing = router(x)
+    router = language_models(USUAL | {"bias": bias}).ours.model.layers[1].mlp.gate
+    routing = router(vectors(2, 50, BASE["hidden_size"]))
     biased = routing.scores + router.e_score_correction_bias
     assert (biased.gather(-1, routing.indices) < 0).any()
     unbiased = routing.scores.topk(BASE["num_experts_per_tok"]).indices
     assert (unbiased.sort().values != routing.indices.sort().values).any()
 
-
-@every_bias
-@every_shape
-def test_moe_block(shape, bias):
-    pair = language_models(shape, bias)
-    x = torch.randn(2, 50, pair.ours.config.hidden_size, generator=torch.Generator().manual_seed(4))
-    for layer in range(pair.ours.config.first_k_dense_replace, len(pair.ours.model.layers)):
-        ours, theirs = (side.model.layers[layer].mlp for side in pair)
-        assert_close(ours(x), theirs(x), f"layers.{layer}.mlp")
-
-
-@every_padding
-@every_shape
-def test_attention_of_the_same_vectors(shape, side):
+@every_row
+def test_attention_of_the_same_vectors(row):
     """Layer 0 on vectors given from outside: no embedding and no earlier layer takes part."""
-    pair = language_models(shape)
-    ids, mask = batch(side)
-    width = pair.ours.config.hidden_size
-    x = torch.randn(*ids.shape, width, generator=torch.Generator().manual_seed(5))
+    pair = language_models(row)
+    ids, mask = batch(row["side"])
+    x = vectors(*ids.shape, pair.ours.config.hidden_size)
     ours = record(pair.ours, inputs_embeds=x, attention_mask=mask)
-    theirs = record(
-        pair.theirs, inputs_embeds=x, attention_mask=mask, position_ids=positions(mask)
-    )
+    theirs = record(pair.theirs, inputs_embeds=x, attention_mask=mask, position_ids=positions(mask))
     name, real = "model.layers.0.self_attn", real_tokens(ids, mask)
-    assert_close(ours[name][real], theirs[name][0][real], name)
-
+    assert_close(ours[name][0][real], theirs[name][0][real], name)
 
 # ---- The whole model ----------------------------------------------------------------------------
 
-
-@every_shape
-def test_every_module_returns_the_same(shape):
+@every_row
+def test_every_module_returns_the_same(row):
     """The layer debugger: the message names the first module, in order, that is off."""
-    pair = language_models(shape)
+    pair = language_models(row)
     ids, _ = batch()
     ours, theirs = record(pair.ours, ids), record(pair.theirs, ids)
     for name, value in ours.items():
         if name.endswith("mlp.gate"):
             assert_same_routing(value, theirs.pop(name), f"first of all modules, {name}")
-        elif name in theirs and isinstance(value, Tensor):
-            their_value = theirs.pop(name)
-            their_value = their_value[0] if name.endswith("self_attn") else their_value
-            their_value = their_value.reshape(value.shape)
-            assert_close(value, their_value, f"first of all modules, {name}")
+            continue
+        value, their_value = (out[0] if isinstance(out, tuple) else out for out in (value, theirs.get(name)))
+        if isinstance(value, Tensor) and isinstance(their_value, Tensor) and "rotary" not in name:
+            theirs.pop(name)
+            assert_close(value, their_value.reshape(value.shape), f"first of all modules, {name}")
     unseen = {name.rpartition(".")[-1] for name in theirs}
     assert unseen == {"", "model", "rotary_emb", "act_fn"}
 
-
-@functools.cache
-def observed(shape, side):
-    """Both models' outputs with all that can be looked at."""
-    options = dict(output_hidden_states=True, output_attentions=True)
-    return run(language_models(shape), *batch(side), **options)
-
-
-@every_padding
-@every_shape
-def test_hidden_states(shape, side):
-    ours, theirs = observed(shape, side)
-    real = real_tokens(*batch(side))
-    assert len(ours.hidden_states) == BASE["num_hidden_layers"] + 1
+@every_row
+def test_all_that_can_be_looked_at(row):
+    """Hidden states, attentions, routing and logits of real tokens."""
+    pair, (ids, mask) = language_models(row), batch(row["side"])
+    ours, theirs = run(pair, ids, mask, output_hidden_states=True, output_attentions=True)
+    real, layers = real_tokens(ids, mask), BASE["num_hidden_layers"]
+    assert (len(ours.hidden_states), len(ours.attentions)) == (layers + 1, layers)
     for i, (a, b) in enumerate(zip(ours.hidden_states, theirs.hidden_states, strict=True)):
-        assert_close(a[real], b[real], f"hidden state {i} of {BASE['num_hidden_layers']}")
+        assert_close(a[real], b[real], f"hidden state {i} of {layers}")
     assert torch.equal(ours.hidden_states[-1], ours.last_hidden_state)
-
-
-@every_padding
-@every_shape
-def test_attentions(shape, side):
-    ours, theirs = observed(shape, side)
-    real = real_tokens(*batch(side))
     for i, (a, b) in enumerate(zip(ours.attentions, theirs.attentions, strict=True)):
         a, b = (probs.transpose(1, 2)[real] for probs in (a, b))  # (real tokens, heads, keys)
         assert_close(a, b, f"attention of layer {i}")
-
-
-@every_bias
-@every_padding
-def test_routing_of_real_tokens(side, bias):
-    pair = language_models("several_groups", bias)
-    ids, mask = batch(side)
-    ours = pair.ours(ids, attention_mask=mask, output_routing=True).routing
-    theirs = record(pair.theirs, ids, attention_mask=mask, position_ids=positions(mask))
-    theirs = [value for name, value in theirs.items() if name.endswith("mlp.gate")]
-    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        assert_same_routing(a, b, f"router {i}", real_tokens(ids, mask))
-
-
-@every_bias
-@every_shape
-def test_logits(shape, bias):
-    ids, _ = batch()
-    ours, theirs = run(language_models(shape, bias), ids)
-    assert_close(ours.logits, theirs.logits, "logits")
-
-
-@pytest.mark.parametrize("side", PADDED)
-@every_shape
-def test_logits_of_padded_batches(shape, side):
-    ids, mask = batch(side)
-    ours, theirs = run(language_models(shape), ids, mask)
-    real = mask.bool()
+    routing = pair.ours(ids, attention_mask=mask, output_routing=True).routing
+    recorded = record(pair.theirs, ids, attention_mask=mask, position_ids=positions(mask))
+    recorded = [value for name, value in recorded.items() if name.endswith("mlp.gate")]
+    for i, (a, b) in enumerate(zip(routing, recorded, strict=True)):
+        assert_same_routing(a, b, f"router {i}", real)
     assert_close(ours.logits[real], theirs.logits[real], "logits")
-
 
 @pytest.mark.parametrize("keep", [1, 4])
 def test_last_logits(keep):
-    ids, _ = batch()
-    ours, theirs = run(language_models("several_groups"), ids, logits_to_keep=keep)
+    ours, theirs = run(language_models(), batch()[0], logits_to_keep=keep)
     assert_close(ours.logits, theirs.logits, f"the last {keep} logits")
 
-
-@pytest.mark.parametrize("shape", [name for name in SHAPES if "yarn" in name])
-def test_logits_at_positions_far_apart(shape):
+@every_yarn
+def test_logits_at_positions_far_apart(row):
     """Beyond the original context, where YaRN's slower frequencies count."""
-    pair = language_models(shape)
-    ids, _ = batch()
-    where = (torch.arange(10) * 61).expand(3, -1)
-    ours, theirs = (side(ids, position_ids=where).logits for side in pair)
+    ids, where = batch()[0], (torch.arange(10) * 61).expand(3, -1)
+    ours, theirs = (side(ids, torch.ones_like(ids), where).logits for side in language_models(row))
     assert_close(ours, theirs, "logits")
 
+@every_row
+def test_logits_of_packed_documents(row):
+    """Positions that restart within a row keep documents apart."""
+    ids, where = batch()[0], torch.tensor([[*range(4), *range(5), 0]]).expand(3, -1)
+    ours, theirs = (side(ids, position_ids=where).logits for side in language_models(row))
+    assert_close(ours, theirs, "logits")
+    alone = language_models(row).ours(ids[:, 4:9]).logits
+    assert_close(ours[:, 4:9], alone, "logits of a document by itself")
 
-@torch.no_grad()
-def assert_same_chunks(pair, side, sizes):
-    """Logits of real tokens, fed in chunks of these sizes into each side's own cache."""
-    ids, mask = batch(side)
+@every_row
+def test_logits_of_cached_chunks(row):
+    """Fed in chunks into each side's own cache."""
+    pair, (ids, mask) = language_models(row), batch(row["side"])
     real, where = real_tokens(ids, mask), positions(mask)
     caches, start = [None, None], 0
-    for size in sizes:
+    for size in CHUNKS[row["chunks"]]:
         new = slice(start, start + size)
-        seen = None if mask is None else mask[:, : new.stop]
-        inputs = dict(input_ids=ids[:, new], attention_mask=seen, use_cache=True)
+        inputs = dict(input_ids=ids[:, new], use_cache=True)
+        inputs |= dict(attention_mask=None if mask is None else mask[:, : new.stop])
         told = dict(position_ids=None if where is None else where[:, new])
-        ours = pair.ours(past_key_values=caches[0], **inputs)
-        theirs = pair.theirs(past_key_values=caches[1], **inputs, **told)
+        with torch.no_grad():
+            ours = pair.ours(past_key_values=caches[0], **inputs)
+            theirs = pair.theirs(past_key_values=caches[1], **inputs, **told)
         rows = real[:, new]
         assert_close(ours.logits[rows], theirs.logits[rows], f"logits of tokens {new}")
         caches, start = [ours.past_key_values, theirs.past_key_values], new.stop
 
-
-CHUNKS = {"one_by_one": [1] * 10, "shrinking": [4, 3, 2, 1], "mostly_new": [1, 6, 3]}
-every_chunking = pytest.mark.parametrize("sizes", CHUNKS.values(), ids=CHUNKS.keys())
-
-
-@every_chunking
-@every_shape
-def test_logits_of_cached_chunks(shape, sizes):
-    assert_same_chunks(language_models(shape), "unpadded", sizes)
-
-
-@every_chunking
-@pytest.mark.parametrize("side", PADDED)
-def test_logits_of_cached_chunks_of_padded_batches(side, sizes):
-    assert_same_chunks(language_models("several_groups"), side, sizes)
-
-
-@every_padding
-def test_loss_skips_ignored_labels(side):
-    ids, mask = batch(side)
+@every_row
+def test_loss_and_gradient_of_every_parameter(row):
+    pair, (ids, mask) = language_models(row), batch(row["side"])
     labels = next_tokens(ids, mask)
     labels[0, 3:5] = -100
-    ours, theirs = run(language_models("several_groups"), ids, mask, labels=labels)
-    assert_close(ours.loss, theirs.loss, "loss")
-
+    real = real_tokens(ids, mask)
+    for count in (None, 7):  # 7: the labels of a global batch, of which this one is a part
+        ours, theirs = run(pair, ids, mask, labels=labels, num_items_in_batch=count)
+        assert_close(ours.loss, theirs.loss, "loss")
+        assert_close(ours.logits[real], theirs.logits[real], "logits")
+    assert_same_gradients(pair, ids, mask, labels)
 
 def gradients(model, *args, labels, **options):
     """{parameter name: gradient} of ten losses, which makes them of order 1 like all else here."""
     loss = 10 * model(*args, labels=labels, **options).loss
     names, parameters = zip(*model.named_parameters(), strict=True)
     return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
-
 
 def assert_same_gradients(pair, ids, mask, labels):
     ours = as_transformers(gradients(pair.ours, ids, attention_mask=mask, labels=labels))
@@ -455,151 +401,82 @@ def assert_same_gradients(pair, ids, mask, labels):
     for name, gradient in theirs.items():
         assert_close(ours[name], gradient, f"gradient of {name}")
 
-
-@every_bias
-@every_shape
-def test_gradient_of_every_parameter(shape, bias):
-    ids, _ = batch()
-    assert_same_gradients(language_models(shape, bias), ids, None, ids)
-
-
-@pytest.mark.parametrize("side", PADDED)
-def test_gradient_of_every_parameter_in_padded_batches(side):
-    ids, mask = batch(side)
-    pair = language_models("several_groups")
-    assert_same_gradients(pair, ids, mask, next_tokens(ids, mask))
-
-
 # The plainest of decoding, which never stops.
 GREEDY = dict(max_new_tokens=12, do_sample=False, eos_token_id=-1)
 
-
-@every_shape
-def test_greedy_tokens(shape):
+@every_row
+def test_greedy_tokens(row):
     """Prompts of several lengths, padded on the left, as transformers wants them."""
-    pair = language_models(shape)
     ids, mask = batch("left")
-    ours, theirs = (side.generate(ids, attention_mask=mask, **GREEDY) for side in pair)
+    ours, theirs = (side.generate(ids, attention_mask=mask, **GREEDY) for side in language_models(row))
     assert ours.shape == (3, 22)
     assert ours.tolist() == theirs.tolist()
 
-
 def test_greedy_tokens_of_prompts_padded_on_the_right():
     """transformers does not generate from these, but from each row alone."""
-    pair = language_models("several_groups")
-    ids, mask = batch("right")
+    pair, (ids, mask) = language_models(), batch("right")
     ours = pair.ours.generate(ids, attention_mask=mask, **GREEDY)
     for row, prompt, real in zip(ours, ids, mask.bool(), strict=True):
         theirs = pair.theirs.generate(prompt[real][None], **GREEDY)
         assert row[10:].tolist() == theirs[0, -12:].tolist()
 
-
 def test_greedy_tokens_end_where_a_row_ends():
-    pair = language_models("several_groups")
-    ids, mask = batch("left")
+    pair, (ids, mask) = language_models(), batch("left")
     free = pair.ours.generate(ids, attention_mask=mask, **GREEDY)[:, 10:]
     stop = GREEDY | dict(eos_token_id=free[0:2, 4].tolist())  # ends rows 0 and 1 at the latest
     ours, theirs = (side.generate(ids, attention_mask=mask, **stop) for side in pair)
     assert (ours[:2, -1] == BASE["pad_token_id"]).any()
     assert ours.tolist() == theirs.tolist()
 
+# ---- Classification heads and checkpoint folders ------------------------------------------------
 
-# ---- Classification heads -----------------------------------------------------------------------
-
-SEQUENCE_LABELS = {
-    "classes": (5, torch.tensor([4, 0, 2])),
-    "several_labels": (5, torch.tensor([[1.0, 0, 0, 1, 0], [0, 0, 0, 0, 1], [1, 1, 0, 0, 0]])),
-    "regression": (1, torch.tensor([0.5, -2.0, 1.0])),
-}
-
-
-@pytest.mark.parametrize("kind", SEQUENCE_LABELS)
-@every_padding
-def test_sequence_classification(side, kind):
-    num_labels, labels = SEQUENCE_LABELS[kind]
-    pair = build("DeepseekV3ForSequenceClassification", num_labels=num_labels)
-    ids, mask = batch(side)
+@every_row
+def test_classification(row):
+    """Logits, loss and gradients of a label per token or sequence; the heads are saved and loaded both ways."""
+    num_labels, labels = LABELS[row["labels"]]
+    kind = "Token" if labels is None else "Sequence"
+    pair = build(f"DeepseekV3For{kind}Classification", row, num_labels=num_labels)
+    ids, mask = batch(row["side"])
+    real = real_tokens(ids, mask) if labels is None else ...
+    labels = (ids % num_labels).masked_fill(~real, -100) if labels is None else labels
     ours, theirs = run(pair, ids, mask, labels=labels)
-    assert ours.logits.shape == (3, num_labels)
-    assert_close(ours.logits, theirs.logits, "logits")
-    assert_close(ours.loss, theirs.loss, "loss")
-    assert_same_gradients(pair, ids, mask, labels)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_sequence_classification_finds_the_last_token_by_its_pad_id(side):
-    """Without a mask padding takes part in attention, but the label is read off a real token."""
-    pair = build("DeepseekV3ForSequenceClassification")
-    ids, _ = batch(side)
-    ours, theirs = run(pair, ids)
-    assert_close(ours.logits, theirs.logits, "logits")
-
-
-@every_padding
-def test_token_classification(side):
-    pair = build("DeepseekV3ForTokenClassification")
-    ids, mask = batch(side)
-    real = real_tokens(ids, mask)
-    labels = (ids % BASE["num_labels"]).masked_fill(~real, -100)
-    ours, theirs = run(pair, ids, mask, labels=labels)
-    assert ours.logits.shape == (3, 10, BASE["num_labels"])
+    assert ours.logits.shape[-1] == num_labels
     assert_close(ours.logits[real], theirs.logits[real], "logits")
     assert_close(ours.loss, theirs.loss, "loss")
     assert_same_gradients(pair, ids, mask, labels)
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_sequence_classification_finds_the_last_token_by_its_pad_id(side):
+    """Without a mask padding takes part in attention, but the label is read off a real token."""
+    ours, theirs = run(build("DeepseekV3ForSequenceClassification"), batch(side)[0])
+    assert_close(ours.logits, theirs.logits, "logits")
 
-# ---- Checkpoint folders -------------------------------------------------------------------------
-
-CHECKPOINTS = ["several_groups", "no_query_latent", "tied_embeddings", "attention_bias"]
-CHECKPOINTS += ["yarn_as_v2", "yarn_other_settings"]
-shards = pytest.mark.parametrize(
-    "size", [pytest.param("5GB", id="one_file"), pytest.param("30KB", id="sharded")]
-)
-
-
-def assert_files(folder, size):
-    files = list(folder.glob("*.safetensors"))
-    assert (len(files) > 1) == (size != "5GB")
-
-
-@pytest.mark.parametrize("loader", ["DeepseekV3ForCausalLM", "AutoModelForCausalLM"])
-@shards
-@pytest.mark.parametrize("shape", CHECKPOINTS)
-def test_transformers_loads_what_we_save(tmp_path, shape, size, loader):
-    ours = build(**SHAPES[shape]).ours
-    ours.save_pretrained(tmp_path, max_shard_size=size)
-    assert_files(tmp_path, size)
-    theirs, report = getattr(transformers, loader).from_pretrained(
-        tmp_path, attn_implementation="eager", output_loading_info=True
-    )
-    assert type(theirs) is transformers.DeepseekV3ForCausalLM
-    assert not any(report.values()), report
-    assert_close(*(out.logits for out in run(Pair(ours, theirs), batch()[0])), "logits")
-
-
-@shards
-@pytest.mark.parametrize("shape", CHECKPOINTS)
-def test_we_load_what_transformers_saves(tmp_path, shape, size):
-    theirs = build(**SHAPES[shape]).theirs
-    theirs.save_pretrained(tmp_path, max_shard_size=size)
-    assert_files(tmp_path, size)
-    ours = deepseek_v3.DeepseekV3ForCausalLM.from_pretrained(tmp_path)
-    assert_close(*(out.logits for out in run(Pair(ours, theirs), batch()[0])), "logits")
-
-
-@pytest.mark.parametrize(
-    "name", ["DeepseekV3ForSequenceClassification", "DeepseekV3ForTokenClassification"]
-)
-def test_classification_heads_are_saved_and_loaded_both_ways(tmp_path, name):
+@pytest.mark.parametrize("kind", ["Sequence", "Token"])
+def test_classification_heads_are_saved_and_loaded_both_ways(tmp_path, kind):
+    name, ids = f"DeepseekV3For{kind}Classification", batch()[0]
     pair = build(name)
     pair.ours.save_pretrained(tmp_path / "ours")
     pair.theirs.save_pretrained(tmp_path / "theirs")
     theirs = getattr(transformers, name).from_pretrained(tmp_path / "ours")
     ours = getattr(deepseek_v3, name).from_pretrained(tmp_path / "theirs")
-    expected = pair.theirs(batch()[0]).logits
     for loaded in (ours, theirs):
-        assert_close(loaded(batch()[0]).logits, expected, f"logits of {type(loaded).__module__}")
+        assert_close(loaded(ids).logits, pair.theirs(ids).logits, f"logits of {type(loaded).__module__}")
 
+@every_row
+def test_checkpoints_are_read_both_ways(tmp_path, row):
+    pair, ids = language_models(row), batch()[0]
+    for side, name in zip(pair, ("ours", "theirs"), strict=True):
+        side.save_pretrained(tmp_path / name, max_shard_size=row["size"])
+        assert (len(list((tmp_path / name).glob("*.safetensors"))) > 1) == (row["size"] != "5GB")
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", attn_implementation="eager", output_loading_info=True
+    )
+    assert type(theirs) is transformers.DeepseekV3ForCausalLM
+    assert not any(report.values()), report
+    ours = deepseek_v3.DeepseekV3ForCausalLM.from_pretrained(tmp_path / "theirs")
+    expected = run(pair, ids)[0].logits
+    for out in run(Pair(ours, theirs), ids):
+        assert_close(out.logits, expected, "logits")
 
 def test_transformers_loads_the_main_model_of_a_checkpoint_with_mtp(tmp_path):
     ours = deepseek_v3.DeepseekV3ForCausalLM(
@@ -609,7 +486,6 @@ def test_transformers_loads_the_main_model_of_a_checkpoint_with_mtp(tmp_path):
     ours.eval().save_pretrained(tmp_path)
     theirs = transformers.DeepseekV3ForCausalLM.from_pretrained(tmp_path)
     assert_close(*(out.logits for out in run(Pair(ours, theirs), batch()[0])), "logits")
-
 
 def test_we_load_a_checkpoint_that_announces_mtp_and_has_none(tmp_path):
     """As transformers saves one: its config keeps the MTP modules, its weights do not."""
