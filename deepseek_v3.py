@@ -175,6 +175,8 @@ class DeepseekV3Config:
         """Write directory/config.json, in one step."""
         write_json(as_path(directory) / "config.json", self.to_dict())
 
+Maybe = Tensor | None  # what may be absent
+
 # ---- 2. Positions — RoPE, §2.1.1, and YaRN, §4.3 ------------------------------------------------
 
 def upcast(x: Tensor) -> Tensor:
@@ -254,7 +256,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # the name weight_scale_inv; blocks at the lower and right edge may be smaller.
 FP8, BLOCK = torch.float8_e4m3fn, 128
 
-def dequantise(weight: Tensor, scale_inv: Tensor | None, dtype: torch.dtype) -> Tensor:
+def dequantise(weight: Tensor, scale_inv: Maybe, dtype: torch.dtype) -> Tensor:
     """A weight (…, rows, columns) in dtype: from FP8 with its scales, or just cast if it has none."""
     if scale_inv is None:
         return weight if weight.dtype == dtype else weight.to(dtype)  # .to would cost decoding 2 %
@@ -265,21 +267,21 @@ def dequantise(weight: Tensor, scale_inv: Tensor | None, dtype: torch.dtype) -> 
     blocks.mul_(scale_inv[..., :, None, :, None])  # in place: dequantising is bound by memory traffic
     return full[..., :height, :width].to(dtype)
 
-def linear(x: Tensor, weight: Tensor, scale_inv: Tensor | None = None, bias: Tensor | None = None):
+def linear(x: Tensor, weight: Tensor, scale_inv: Maybe = None, bias: Maybe = None) -> Tensor:
     """x @ weightᵀ + bias for any stored dtype; a few float32 rows on a CPU take a faster form."""
     weight = dequantise(weight, scale_inv, x.dtype)
-    if x.is_cpu and x.dtype == torch.float32 and not torch.compiler.is_compiling():
+    if weight.numel() >= 2**17 and x.is_cpu and x.dtype == torch.float32 and not torch.compiler.is_compiling():
         return linear_on_a_cpu(x, weight, bias)
     return F.linear(x, weight, bias)
 
-def linear_on_a_cpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear_on_a_cpu(x: Tensor, weight: Tensor, bias: Maybe) -> Tensor:
     """F.linear in other steps where torch is slow: one to four rows by a large float32 weight.
 
     It multiplies so few rows on one core, and reads the weight at a third of the rate of its own
     sums; this way, decoding takes two thirds of the time (tests/benchmark.py).
     """
     rows = x.reshape(-1, x.shape[-1])
-    if weight.numel() < 2**17 or not 0 < len(rows) <= 4:
+    if not 0 < len(rows) <= 4:
         return F.linear(x, weight, bias)
     if len(rows) == 1 and weight.numel() <= 2**20:  # so that the products stay in the cache
         y = (weight * rows).sum(-1)
@@ -318,11 +320,11 @@ def grouped_mm(x: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
     return F.grouped_mm(x, weights, offs=offs)
 
 @grouped_mm.register_fake
-def grouped_mm_shape(x, weights, offs):
+def grouped_mm_shape(x: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
     groups = (len(offs),) if weights.ndim == 2 else ()  # of a gradient of weights
     return x.new_empty(*groups, x.shape[0], weights.shape[-1])
 
-def grouped_mm_backward(ctx, gradient):
+def grouped_mm_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
     x, weights, offs = ctx.saved_tensors
     return grouped_mm(gradient, weights.mT, offs), grouped_mm(x.mT, gradient, offs), None
 
@@ -342,7 +344,7 @@ class LatentCache:
     def __init__(self, capacity: int = 0) -> None:
         self.capacity = capacity  # tokens to make room for at once; beyond it, the cache grows
         self.length = 0
-        self.documents: Tensor | None = None
+        self.documents: Maybe = None
         self.layers: dict[int, Tensor] = {}
 
     def append(self, layer: int, latent: Tensor) -> Tensor:
@@ -376,7 +378,7 @@ class LatentCache:
             branch.documents = self.documents.repeat_interleave(repeats, 0)
         return branch
 
-    def advance(self, documents: Tensor | None, T: int) -> None:
+    def advance(self, documents: Maybe, T: int) -> None:
         """T tokens more are held, by every layer."""
         self.documents, self.length = documents, self.length + T
 
@@ -391,16 +393,14 @@ class Context:
 
     cos: Tensor  # (B or 1, T, 1, R/2)
     sin: Tensor  # (B or 1, T, 1, R/2)
-    mask: Tensor | None  # (B or 1, 1, T, S), of `visible`
+    mask: Maybe  # (B or 1, 1, T, S), of `visible`
     cache: LatentCache | None = None
 
     def to(self, device: torch.device) -> "Context":
         moved = (None if part is None else part.to(device) for part in (self.cos, self.sin, self.mask))
         return Context(*moved, self.cache)
 
-def locate(
-    attention_mask: Tensor | None, position_ids: Tensor | None, cache: LatentCache | None, x: Tensor
-) -> tuple[Tensor, Tensor | None]:
+def locate(attention_mask: Maybe, position_ids: Maybe, cache: LatentCache | None, x: Tensor) -> tuple[Tensor, Maybe]:
     """Where new tokens x (B, T, D) stand: position_ids (B or 1, T), and documents of all keys (B, S).
 
     Documents count from 1, and 0 is padding; None stands for one document without padding. They come
@@ -427,7 +427,7 @@ def locate(
         position_ids = (newest.cumsum(-1) - 1).clamp(min=0)[:, -T:]
     return position_ids, documents
 
-def visible(documents: Tensor | None, given: Tensor | None, T: int, S: int, device: torch.device):
+def visible(documents: Maybe, given: Maybe, T: int, S: int, device: torch.device) -> Maybe:
     """Which keys a query sees, (B or 1, 1, T, S): True, or a number to be added to its score.
 
     None: plain causal, or a single query that sees every key. Made from positions, not from a square
@@ -447,7 +447,7 @@ def visible(documents: Tensor | None, given: Tensor | None, T: int, S: int, devi
     blind = ~sees.any(-1, keepdim=True) & (key == query)  # such a query sees itself: no row is empty
     return given | blind if boolean else given.masked_fill(blind, 0.0)
 
-def masked(scores: Tensor, mask: Tensor | None) -> Tensor:
+def masked(scores: Tensor, mask: Maybe) -> Tensor:
     """Scores (B, H, T, S) in float32, -inf where a query does not see a key."""
     (T, S), scores = scores.shape[-2:], upcast(scores)
     if mask is None and T > 1:
@@ -487,9 +487,7 @@ class MLA(nn.Module):
         self.softmax = nn.Softmax(-1)  # a module, so that one can watch, change or replace it
         self.scale = config.softmax_scale
 
-    def forward(
-        self, x: Tensor, context: Context, output_attentions: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, context: Context, output_attentions: bool = False) -> tuple[Tensor, Maybe]:
         q_nope, q_rope = self.queries(x, context)  # (B, T, H, N), (B, T, H, R)
         c_kv, k_rope = self.kv_a_proj_with_mqa(x).split([self.C, self.R], -1)  # (B, T, C), (B, T, R)
         c_kv = self.kv_a_layernorm(c_kv)  # (B, T, C) Eq. 1
@@ -539,7 +537,7 @@ class MLA(nn.Module):
         q = torch.cat([q_nope, q_rope], -1)  # (B, T, H, N + R) Eq. 9
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    def attend_eager(self, q_nope, q_rope, latent, mask):
+    def attend_eager(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, mask: Maybe) -> tuple[Tensor, Maybe]:
         """softmax(q kᵀ · scale) v as the report writes it -> (B, T, H, V), probabilities (B, H, T, S)."""
         q, k, v = self.expand(q_nope, q_rope, latent)  # (B, H, T, N + R), (B, H, S, N + R), (B, H, S, V)
         scores = q @ k.mT * self.scale  # (B, H, T, S)
@@ -547,7 +545,7 @@ class MLA(nn.Module):
         out = probs.to(v.dtype) @ v  # (B, H, T, V) Eq. 10
         return out.transpose(1, 2), probs
 
-    def attend_fused(self, q_nope, q_rope, latent, mask):
+    def attend_fused(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, mask: Maybe) -> tuple[Tensor, Maybe]:
         """The same in a kernel that never forms the probabilities -> (B, T, H, V), None."""
         q, k, v = self.expand(q_nope, q_rope, latent)  # (B, H, T, N + R), (B, H, S, N + R), (B, H, S, V)
         # Fused kernels want values as wide as keys: widening by zeros is 4 times faster on a CPU.
@@ -558,7 +556,7 @@ class MLA(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=self.scale)
         return out[..., : self.V].transpose(1, 2), None  # Eq. 10
 
-    def attend_absorbed(self, q_nope, q_rope, latent, mask):
+    def attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, mask: Maybe) -> tuple[Tensor, Maybe]:
         """The same inside the latent space (V2 App. C) -> (B, T, H, V), None.
 
         q·(W^UK c) = (W^UKᵀ q)·c: the up-projection of keys moves into the query, that of values into
@@ -661,20 +659,21 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         # A visit is one (token, expert) pair; sorted by expert, those of one expert lie together.
         expert, order = indices.flatten().sort(stable=True)  # (B*T*K), (B*T*K)
-        work = self.all_at_once if self.kernel_takes(x) else self.one_by_one
-        out = work(x.flatten(0, 1), expert, order, weights.flatten(0, 1))  # (B*T, D)
+        device, dtype = x.device.type, x.dtype
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+        work = self.all_at_once if self.kernel_takes(x, dtype) else self.one_by_one
+        out = work(x.flatten(0, 1).to(dtype), expert, order, weights.flatten(0, 1))  # (B*T, D)
         return out.to(x.dtype).view_as(x)
 
-    def kernel_takes(self, x: Tensor) -> bool:
-        """GPU, or training on a CPU: the grouped kernel, for equal dtypes and widths of 16 bytes.
+    def kernel_takes(self, x: Tensor, dtype: torch.dtype) -> bool:
+        """GPU, or training on a CPU: the grouped kernel, for widths of whole 16 bytes, not in FP8.
 
         In inference on a CPU the loop is as fast, and reads no expert that nobody visits.
         """
-        stack = self.gate_proj
         if not (x.is_cuda or x.requires_grad or torch.compiler.is_compiling()):
             return False
-        same = stack.dtype == x.dtype and x.dtype in (torch.float32, torch.bfloat16)
-        return same and all(x.element_size() * width % 16 == 0 for width in stack.shape[1:])
+        plain = self.gate_proj.dtype != FP8 and dtype in (torch.float32, torch.bfloat16)
+        return plain and all(dtype.itemsize * width % 16 == 0 for width in self.gate_proj.shape[1:])
 
     def one_by_one(self, x: Tensor, expert: Tensor, order: Tensor, weights: Tensor) -> Tensor:
         """Eq. 12 as a loop over the experts that are visited; x (B*T, D), weights (B*T, K) -> (B*T, D)."""
@@ -697,8 +696,9 @@ class Experts(nn.Module):
         # index_select: the backward of x[...] adds rows up in another order each time.
         rows = x.index_select(0, order // weights.shape[-1])  # (B*T*K, D)
         product = grouped_mm if torch.compiler.is_compiling() else F.grouped_mm
-        gate, up = (product(rows, w.mT, offs=ends) for w in (self.gate_proj, self.up_proj))
-        visits = product(F.silu(gate) * up, self.down_proj.mT, offs=ends)  # (B*T*K, D)
+        gate, up, down = (getattr(self, name).to(rows.dtype).mT for name in EXPERT_MAPS)
+        hidden = F.silu(product(rows, gate, offs=ends)) * product(rows, up, offs=ends)  # (B*T*K, F)
+        visits = product(hidden, down, offs=ends)  # (B*T*K, D)
         visits = torch.empty_like(visits).index_copy_(0, order, visits).unflatten(0, weights.shape)
         return (visits * weights.unsqueeze(-1)).sum(-2)  # (B*T, D) Eq. 12
 
@@ -727,6 +727,8 @@ def first_of(result: Any, count: int) -> tuple:
     values = result if isinstance(result, tuple) else (result,)
     return values + (None,) * (count - len(values))
 
+BlockOutput = tuple[Tensor, Maybe, Routing | None]
+
 class Block(nn.Module):
     """One decoder layer; x (B, T, D) -> the same, attention (B, H, T, S) or None, Routing or None."""
 
@@ -739,9 +741,7 @@ class Block(nn.Module):
         dense = layer_idx < config.first_k_dense_replace
         self.mlp = FeedForward(D, config.intermediate_size) if dense else MoE(config)
 
-    def forward(
-        self, x: Tensor, context: Context, output_attentions: bool = False
-    ) -> tuple[Tensor, Tensor | None, Routing | None]:
+    def forward(self, x: Tensor, context: Context, output_attentions: bool = False) -> BlockOutput:
         attended = self.self_attn(self.input_layernorm(x), context, output_attentions)
         update, attention = first_of(attended, 2)  # (B, T, D), (B, H, T, S)
         x = x + update
@@ -766,7 +766,7 @@ class MTPBlock(Block):
         self.eh_proj = Linear(2 * D, D)
         self.shared_head = nn.ModuleDict({"norm": nn.RMSNorm(D, eps=eps)})  # the head is lm_head
 
-    def forward(self, hidden: Tensor, embeds: Tensor, context: Context) -> tuple[Tensor, None, Routing | None]:
+    def forward(self, hidden: Tensor, embeds: Tensor, context: Context) -> BlockOutput:
         here = self.hnorm.weight.device
         joined = torch.cat([self.enorm(embeds.to(here)), self.hnorm(hidden.to(here))], -1)  # (B, T-k, 2*D)
         x = self.eh_proj(joined)  # (B, T-k, D) Eq. 21 NOTE(checkpoint) eh-order
@@ -774,8 +774,6 @@ class MTPBlock(Block):
         return self.shared_head["norm"](x).to(hidden.device), None, routing
 
 # ---- 8. Model and heads — Eq. 23 ----------------------------------------------------------------
-
-Maybe = Tensor | None
 
 @dataclass
 class ModelOutput:
@@ -821,7 +819,7 @@ class PreTrainedModel(nn.Module):
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
-    def tie_weights(self) -> None:
+    def tie_weights(self, _loaded: Any = None) -> None:
         """Make the head the embedding, where the config says so; also after weights were exchanged."""
         if self.config.tie_word_embeddings and isinstance(getattr(self, "lm_head", None), Linear):
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -844,7 +842,13 @@ class PreTrainedModel(nn.Module):
         return next(self.parameters()).dtype
 
     def update_router_bias(self, gamma: float = 0.001, centred: bool = False) -> list[float]:
-        """Section 9: loss-free balancing, to be called once per optimizer step -> MaxVio of each layer."""
+        """Loss-free balancing (§2.1.2): a busy expert's bias falls by gamma, an idle one's rises.
+
+        Call it once per optimizer step: the loads that training-mode forwards counted since the last
+        call are used, and forgotten. `centred` takes the mean step off, which changes no choice and
+        keeps the biases from drifting. Returns MaxVio = max load / mean load - 1 of each MoE layer,
+        the MTP modules' last. (Section 9 computes it.)
+        """
         return update_router_bias(self, gamma, centred)
 
     @classmethod
@@ -852,13 +856,27 @@ class PreTrainedModel(nn.Module):
         cls, directory: str | os.PathLike, device_map: Any = None, dtype: Any = None,
         num_hidden_layers: int | None = None, max_memory: dict | None = None, **overrides: Any,
     ) -> Self:  # fmt: skip
-        """Section 12, load_pretrained, says what it takes: a model from a checkpoint folder."""
+        """A model from a folder: config.json, and model.safetensors or an index with shards (section 12).
+
+        device_map: a device (None: the CPU), {module path: device}, of which the longest path that
+        fits counts, or "auto" (= "balanced") or "sequential", which split by bytes over the GPUs and
+        then the CPU, or over max_memory, {0: "141GB", "cpu": "64GB"}.
+        dtype: None keeps what the checkpoint holds; a dtype dequantises FP8 while loading.
+        num_hidden_layers: load only so many first layers, and open only the shards that hold them.
+        Other keywords override fields of the config. FileNotFoundError or ValueError names the file or
+        tensor that is missing, unexpected, mis-shaped or broken, before anything is loaded.
+        """
         return load_pretrained(cls, directory, device_map, dtype, num_hidden_layers, max_memory, overrides)
 
     def save_pretrained(
         self, directory: str | os.PathLike, max_shard_size: str | int = "5GB", quantize: str | None = None
     ) -> None:
-        """Section 12: write config.json and the weights; quantize="fp8" writes FP8 blocks as released."""
+        """Write config.json and the weights, MTP modules included, in files of at most max_shard_size.
+
+        quantize: "fp8" writes FP8 blocks for the matrices that the release has in FP8; None writes what
+        is held. Killed at any moment, or out of disk, it leaves the older checkpoint or this one.
+        (Section 12.)
+        """
         save_pretrained(self, directory, max_shard_size, quantize)
 
     def _apply(self, fn, recurse=True):
@@ -868,9 +886,6 @@ class PreTrainedModel(nn.Module):
         super()._apply(fn, recurse)
         self.tie_weights()
         return self
-
-def tie_after_loading(model: PreTrainedModel, _keys: Any) -> None:
-    model.tie_weights()
 
 class DeepseekV3Model(PreTrainedModel):
     """Embedding, decoder layers, final norm; input_ids (B, T) -> last_hidden_state (B, T, D)."""
@@ -908,15 +923,15 @@ class DeepseekV3Model(PreTrainedModel):
         last = self.norm(x.to(self.norm.weight.device)).to(embeds.device)  # (B, T, D)
         if cache is not None:
             cache.advance(documents, x.shape[1])
-        out = ModelOutput(last_hidden_state=last, past_key_values=cache, inputs_embeds=embeds)
-        out.documents = None if documents is None else documents[:, -x.shape[1] :]
         states, attentions, routings = zip(*results, strict=True)
-        out.hidden_states = (embeds, *states[:-1], last) if output_hidden_states else None
-        out.attentions = attentions if output_attentions else None
-        out.routing = tuple(filter(None, routings)) if output_routing or self.training else None
-        if self.training:
-            out.balance_loss = balance(layers, routings, out.documents, last)  # section 9
-        return out
+        return ModelOutput(
+            last_hidden_state=last, past_key_values=cache, inputs_embeds=embeds,
+            documents=None if documents is None else documents[:, -x.shape[1] :],
+            hidden_states=(embeds, *states[:-1], last) if output_hidden_states else None,
+            attentions=attentions if output_attentions else None,
+            routing=tuple(filter(None, routings)) if output_routing or self.training else None,
+            balance_loss=balance(layers, routings, documents, last) if self.training else None,  # section 9
+        )  # fmt: skip
 
     def context(self, positions: Tensor, documents: Maybe, mask: Maybe, cache: LatentCache | None) -> Context:
         """What all layers share, from where the new tokens (B or 1, T) stand."""
@@ -942,12 +957,12 @@ class DeepseekV3ForCausalLM(PreTrainedModel):
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.init_weights(*self.mtp_blocks, self.lm_head)
         self.tie_weights()
-        self.register_load_state_dict_post_hook(tie_after_loading)
+        self.register_load_state_dict_post_hook(PreTrainedModel.tie_weights)
 
     def forward(
         self, input_ids: Maybe = None, attention_mask: Maybe = None, position_ids: Maybe = None,
         past_key_values: LatentCache | None = None, inputs_embeds: Maybe = None, labels: Maybe = None,
-        use_cache: bool = False, logits_to_keep: int = 0, num_items_in_batch: int | Tensor | None = None,
+        use_cache: bool = False, logits_to_keep: int = 0, num_items_in_batch: int | Maybe = None,
         output_attentions: bool = False, output_hidden_states: bool = False, output_routing: bool = False,
         output_mtp: bool = False,
     ) -> ModelOutput:  # fmt: skip
@@ -1024,7 +1039,7 @@ class DeepseekV3ForTokenClassification(PreTrainedModel):
     def forward(
         self, input_ids: Maybe = None, attention_mask: Maybe = None, position_ids: Maybe = None,
         past_key_values: LatentCache | None = None, inputs_embeds: Maybe = None, labels: Maybe = None,
-        use_cache: bool = False, num_items_in_batch: int | Tensor | None = None,
+        use_cache: bool = False, num_items_in_batch: int | Maybe = None,
         output_attentions: bool = False, output_hidden_states: bool = False, output_routing: bool = False,
     ) -> ModelOutput:  # fmt: skip
         """As DeepseekV3Model, with logits and, given labels, the loss."""
@@ -1091,7 +1106,7 @@ def add_balance_loss(model: PreTrainedModel, out: ModelOutput, labels: Tensor, c
     """Add α · balance loss: the mean over rows or, of a part of a batch, each row by its labels."""
     if out.balance_loss is None:  # the trunk is not in training mode
         return
-    rows = len(labels) if count is None else count / (labels != -100).sum(-1)  # () or (B)
+    rows = len(labels) if count is None else count / (labels != -100).sum(-1)  # each row's share, inverted
     out.balance_loss = (out.balance_loss / rows).sum()
     out.loss = out.loss + model.config.balance_loss_weight * out.balance_loss
 
@@ -1134,7 +1149,7 @@ def balance(layers: nn.ModuleList | list, routings: tuple | list, documents: May
 
     Called once per forward, outside the layers: recomputing one in backward does not count twice.
     """
-    mask = None if documents is None else documents > 0  # (B, T)
+    mask = None if documents is None else documents[:, -hidden.shape[1] :] > 0  # (B, T)
     loss = torch.zeros(len(hidden), device=hidden.device)  # (B)
     for layer, routing in zip(layers, routings, strict=True):
         gate = next((module for module in layer.modules() if isinstance(module, Router)), None)
@@ -1148,12 +1163,7 @@ def balance(layers: nn.ModuleList | list, routings: tuple | list, documents: May
 
 @torch.no_grad()
 def update_router_bias(model: PreTrainedModel, gamma: float, centred: bool) -> list[float]:
-    """Loss-free balancing (§2.1.2): a busy expert's bias falls by gamma, an idle one's rises.
-
-    Call it once per optimizer step: the loads that training-mode forwards counted since the last call
-    are used, and forgotten. `centred` takes the mean step off, which changes no choice and keeps the
-    biases from drifting. Returns MaxVio = max load / mean load - 1 of each MoE layer, MTP's last.
-    """
+    """Move each router's bias against its load; PreTrainedModel.update_router_bias says how to use it."""
     routers = [module for module in model.modules() if isinstance(module, Router)]
     if not routers:
         return []
@@ -1296,7 +1306,7 @@ class Sampling:
     min_p: float = 0.0  # keep those at least this fraction as likely as the likeliest
     generator: torch.Generator | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         rules = {
             "temperature": (lambda x: 0 < x < math.inf, "above 0; greedy is do_sample=False"),
             "top_k": (lambda k: k >= 0 and isinstance(k, int), "0 (off) or more"),
@@ -1310,7 +1320,7 @@ class Sampling:
         if not isinstance(self.generator, torch.Generator | None):
             raise ValueError(f"generator={self.generator!r}: must be a torch.Generator")
 
-    def distribution(self, logits):
+    def distribution(self, logits: Tensor) -> Tensor:
         """Probabilities that a token is drawn from, logits (..., vocab) -> the same; greedy: all on one."""
         if not self.do_sample:
             return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(upcast(logits).dtype)
@@ -1328,7 +1338,7 @@ class Sampling:
         probs = probs.masked_fill(probs < self.min_p * probs.amax(-1, keepdim=True), 0.0)
         return probs / probs.sum(-1, keepdim=True)
 
-    def draw(self, probs):
+    def draw(self, probs: Tensor) -> Tensor:
         """A token from each distribution, normalised or not; (B, vocab) -> (B)."""
         if not self.do_sample:
             return probs.argmax(-1)
@@ -1337,7 +1347,7 @@ class Sampling:
         except RuntimeError as error:
             raise ValueError(f"the logits cannot be sampled from, is one NaN? ({error})") from None
 
-    def accept(self, drafts, q, p):
+    def accept(self, drafts: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         """Speculative sampling: how many drafts stand (B), and the token behind them (B).
 
         drafts (B, T-1) were drawn from q (B, T-1, vocab); p (B, T, vocab) is the model's, of one more.
@@ -1356,7 +1366,7 @@ class Sampling:
         # Where p and q differ by rounding only, nothing may be left to draw from: then p is right.
         return accepted, self.draw(residual.where(residual.sum(-1, keepdim=True) > 0, p))
 
-def stop_ids(config, eos_token_id):
+def stop_ids(config: DeepseekV3Config, eos_token_id: int | list[int] | None) -> list[int]:
     """End-of-sequence ids as a list: those given, else the config's; -1 stands for none."""
     given = config.eos_token_id if eos_token_id is None else eos_token_id
     ids = given if isinstance(given, list | tuple) else [] if given is None else [given]
@@ -1367,7 +1377,10 @@ def stop_ids(config, eos_token_id):
 class Continuation:
     """What each row has gained, up to `most` tokens; a column is made once every row has it."""
 
-    def __init__(self, config, rows, most, eos_token_id, streamer, statistics):
+    def __init__(
+        self, config: DeepseekV3Config, rows: int, most: int, eos_token_id: int | list[int] | None,
+        streamer: Callable | None, statistics: list | None,
+    ) -> None:  # fmt: skip
         if streamer is not None and not callable(streamer):
             raise ValueError(f"{streamer=}: must be a function of token ids")
         self.most, self.streamer = most, streamer
@@ -1376,7 +1389,7 @@ class Continuation:
         self.pad = (self.stops or [0])[0] if config.pad_token_id is None else config.pad_token_id
         self.rows, self.columns, self.finished = [[] for _ in range(rows)], [], [most == 0] * rows
 
-    def add(self, drafts, accepted, token):
+    def add(self, drafts: Tensor, accepted: Tensor, token: Tensor) -> None:
         """Append each row's accepted drafts (B, T-1) and the token behind them, up to its end."""
         gains = zip(self.rows, drafts.tolist(), accepted.tolist(), token.tolist(), strict=True)
         for i, (row, drafted, count, behind) in enumerate(gains):
@@ -1393,7 +1406,7 @@ class Continuation:
             if self.streamer is not None:
                 self.streamer(self.columns[-1])
 
-def slots_of_depth(k, known):
+def slots_of_depth(k: int, known: Tensor) -> Maybe:
     """Documents (see LatentCache) of depth k's rows, whose first stands at the k-th real token.
 
         known    0 1 1 0 1      a prompt padded on the left, and a draft that fell
@@ -1411,12 +1424,14 @@ class Drafter:
     drafts, and again in the next call. Beyond its depth the last module goes on from its own output.
     """
 
-    def __init__(self, model, sampling, most_drafts, capacity):
+    def __init__(self, model: DeepseekV3ForCausalLM, sampling: Sampling, most_drafts: int, capacity: int) -> None:
         self.model, self.sampling, self.blocks = model, sampling, model.mtp_blocks[:most_drafts]
         self.caches = [LatentCache(capacity) for _ in self.blocks]
         self.above = {}  # by depth, the last row to stay of the depth above
 
-    def draft(self, window, hidden, known, last, token, count):
+    def draft(
+        self, window: Tensor, hidden: Tensor, known: Tensor, last: Tensor, token: Tensor, count: int
+    ) -> tuple[Tensor, Tensor]:
         """Draft `count` tokens behind `token` (B) -> drafts (B, count), their q (B, count, vocab).
 
         window (B, T) holds the main cache's newest tokens, hidden (B, T, D) the states there, last (B)
@@ -1444,7 +1459,7 @@ class Drafter:
             cache.documents = slots_of_depth(k, known)
         return torch.cat(drafts, 1), torch.cat(q, 1)
 
-    def run(self, i, hidden, tokens, mask):
+    def run(self, i: int, hidden: Tensor, tokens: Tensor, mask: Maybe) -> Tensor:
         """New rows of module i: hidden (B, T, D) with the embeddings of tokens (B, T) -> (B, T, D)."""
         cache, main = self.caches[i], self.model.model
         positions, documents = locate(mask, None, cache, hidden)
@@ -1453,7 +1468,10 @@ class Drafter:
         cache.advance(documents, tokens.shape[1])
         return hidden
 
-def decode(model, window, attention_mask, sampling, most_drafts, text):
+def decode(
+    model: DeepseekV3ForCausalLM, window: Tensor, attention_mask: Maybe, sampling: Sampling,
+    most_drafts: int, text: Continuation,
+) -> None:  # fmt: skip
     """Lengthen `text` to its end: draft, verify all drafts in one pass, forget those that fell."""
     cache = LatentCache(window.shape[1] + min(text.most, 4096))  # an early end is likely before
     drafter = Drafter(model, sampling, most_drafts, cache.capacity)
@@ -1484,7 +1502,7 @@ def decode(model, window, attention_mask, sampling, most_drafts, text):
         p = sampling.distribution(model.lm_head(hidden))
 
 @contextmanager
-def evaluating(model):
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Every submodule is in eval mode while the block runs, and in its own mode afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -1495,7 +1513,10 @@ def evaluating(model):
             module.training = True
 
 @torch.no_grad()
-def generate(model, input_ids, attention_mask, max_new_tokens, sampling, eos_token_id, drafts, sinks):
+def generate(
+    model: DeepseekV3ForCausalLM, input_ids: Maybe, attention_mask: Maybe, max_new_tokens: int,
+    sampling: Sampling, eos_token_id: int | list[int] | None, drafts: tuple, sinks: tuple,
+) -> Tensor:  # fmt: skip
     """DeepseekV3ForCausalLM.generate, whose settings come checked and grouped by what they are for."""
     check_inputs(input_ids, None, model.config)
     if type(max_new_tokens) is not int or max_new_tokens < 0:
@@ -1506,7 +1527,7 @@ def generate(model, input_ids, attention_mask, max_new_tokens, sampling, eos_tok
         decode(model, input_ids.long(), attention_mask, sampling, most_drafts, text)
     return torch.cat([input_ids, *(column.unsqueeze(1) for column in text.columns)], 1)
 
-def drafts_per_step(model, use_mtp, num_draft_tokens):
+def drafts_per_step(model: DeepseekV3ForCausalLM, use_mtp: bool, num_draft_tokens: int | None) -> int:
     """Tokens to draft per step, 0 without use_mtp; ValueError for what cannot be asked for."""
     if use_mtp and not model.mtp_blocks:
         hint = "train one with num_nextn_predict_layers=1, or load a checkpoint that has them"
@@ -1771,17 +1792,7 @@ def mtp_copies(model, depth=None):
     return copies
 
 def load_pretrained(cls, directory, device_map, dtype, num_hidden_layers, max_memory, overrides):
-    """A model from a checkpoint folder: config.json, and model.safetensors or an index with shards.
-
-    device_map: a device (None: the CPU), {module path: device}, of which the longest path that fits
-    counts, or "auto" (= "balanced") or "sequential", which split by bytes over the GPUs and then the
-    CPU, or over max_memory, {0: "141GB", "cpu": "64GB"}.
-    dtype: None keeps what the checkpoint holds; a dtype dequantises FP8 while loading.
-    num_hidden_layers: load only so many first layers, and open only the shards that hold them.
-    Other keywords override fields of the config. FileNotFoundError or ValueError names the file or
-    tensor that is missing, unexpected, mis-shaped or broken; names and shapes are checked before
-    anything loads.
-    """
+    """PreTrainedModel.from_pretrained: names and shapes are checked before anything is loaded."""
     check_loading(dtype, overrides)
     stored = Checkpoint(directory)
     whole = DeepseekV3Config.from_pretrained(stored.config_file)
@@ -2019,12 +2030,7 @@ def in_shards(tensors, limit):
     yield shard
 
 def save_pretrained(model, directory, max_shard_size, quantize):
-    """Write config.json and the weights, MTP modules included, in files of at most max_shard_size.
-
-    quantize: "fp8" writes FP8 blocks for the matrices that the release has in FP8; None writes what
-    is held. Killed at any moment, or out of disk, it leaves the older checkpoint or this one: new
-    files get names of their own, and count from one renaming on, config.json included.
-    """
+    """PreTrainedModel.save_pretrained: new files get names of their own, and count from one renaming on."""
     limit, directory = parse_size("max_shard_size", max_shard_size), as_path(directory)
     if quantize not in (None, "fp8"):
         raise ValueError(f"{quantize=}: must be None or 'fp8'")

@@ -84,7 +84,7 @@ def shown(byte):
     return {32: "␣", 10: "⏎", 9: "⇥"}.get(byte, chr(byte) if 32 < byte < 127 else f"{byte:02x}")
 
 def token_strip(tokens, groups, labels, per_line=32, title="", ax=None):
-    """A text as boxes, one a token: its group's colour, its label (the expert's number) below -> figure."""
+    """A text as boxes, one per token: its group's colour, its label (the expert's number) below -> figure."""
     lines = -(-len(tokens) // per_line)
     if ax is None:
         _, ax = plt.subplots(figsize=(0.3 * per_line, 0.62 * lines + 0.4))
@@ -133,7 +133,7 @@ def explore(model, text=SAMPLE, layer=1, head=0):
         display(HTML("hover a byte to see its experts: <code>" + " ".join(spans) + "</code>"))
         show(figure(text, layer, head), "the same as a picture")
 
-    alt = f"{text!r}, a box a byte, coloured and numbered by the byte's heaviest expert; below it the attention of "
+    alt = f"{text!r}, one box per byte, coloured and numbered by the byte's heaviest expert; below it the attention of "
     show(figure(text, layer, head), alt + f"layer {layer}, head {head}: a lower triangle of query by key.")
     if "DSV3_NB_STATIC" not in os.environ:
         import ipywidgets as widgets

@@ -11,6 +11,7 @@ released ones, two layers of them, in bfloat16, and decoding is repeated with FP
 import argparse
 import contextlib
 import gc
+import os
 import statistics
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "4096")  # as `train` does, before torch computes
 import deepseek_v3  # noqa: E402
 from deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM, LatentCache  # noqa: E402
 
@@ -226,7 +228,7 @@ def many_experts(arguments, length=1024, tokens=8, count=7):
 
 @torch.no_grad()
 def fp8(arguments, model, length=4096, tokens=16):
-    """Decoding with the weights in FP8 that are released so, ours alone; and single products."""
+    """Decoding with the weights in FP8 that are released so, ours alone."""
     for module in model.modules():
         for leaf, weight in list(module._parameters.items()):
             name = leaf if isinstance(module, deepseek_v3.Experts) else f"a_proj.{leaf}"
@@ -243,22 +245,6 @@ def fp8(arguments, model, length=4096, tokens=16):
     seconds = statistics.median(clock(run, arguments.device) for _ in range(5)) / tokens
     share = activated_bytes(model) / arguments.read_rate / seconds
     print(f"| decode at {length:,}, FP8 weights | {1 / seconds:,.1f} tokens/s | | | {share:.0%} of the copy rate |")
-    fp8_products(arguments)
-
-
-@torch.no_grad()
-def fp8_products(arguments, shape=(2048, 7168), count=7):
-    """Ours alone, a released expert's map in FP8: on FP8 units, beside dequantising it at each use."""
-    weight, scale = deepseek_v3.quantise(torch.randn(shape, device=arguments.device))
-    if not deepseek_v3.has_scaled_mm(weight.device):
-        print("| products in FP8 | | | this device has no block-scaled products | |")
-        return
-    for rows in (1, 64, 4096):
-        x = torch.randn(rows, shape[1], device=arguments.device).bfloat16()
-        full = lambda: x @ deepseek_v3.dequantise(weight, scale, x.dtype).T  # noqa: B023, E731
-        units = lambda: deepseek_v3.linear(x, weight, scale)  # noqa: B023, E731
-        ratio = statistics.median(b / a for a, b in pairs(units, full, count, arguments.device))
-        print(f"| {rows} rows by an FP8 expert's map | | | {ratio:.2f}x by FP8 units | |", flush=True)
 
 
 def memory_of(side, arguments, length, prompt):
@@ -273,7 +259,8 @@ def compare_memory(arguments, length):
     works = {f"decode at {length:,}": False, f"a prompt of {length:,}, then decode": True}
     for name, prompt in works.items():
         sides = [memory_of(side, arguments, length, prompt) for side in ("ours", "theirs")]
-        for what, (mine, other) in zip(("peak memory", "… beyond weights and cache"), zip(*sides)):
+        for i, what in enumerate(("peak memory", "… beyond weights and cache")):
+            mine, other = (side[i] for side in sides)
             ratio = f"{mine / other:.2f} of theirs"
             print(f"| {what}, {name} | {mine:.0f} | {other:.0f} MB | {ratio} | |", flush=True)
 

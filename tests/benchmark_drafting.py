@@ -33,7 +33,7 @@ class Tally:
 
     def tokens_a_step(self, counts):
         costs = [1 / len(new) for _, _, new in self.steps for token in new if counts(token)]
-        return len(costs) / sum(costs)
+        return len(costs) / (sum(costs) or 1)
 
     def acceptance(self, counts):
         """By position: of drafts for a token that counts, reached by verification, how many stood."""

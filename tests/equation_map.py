@@ -20,7 +20,6 @@ MTP input, MTP block, MTP prediction, loss of a depth, MTP loss
 STATES = dict(enumerate(re.split(r",\s+", STATES.strip()), 1))
 COMPUTES = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.Expr)
 
-
 def cited(text):
     """The numbers of `Eq. 7`, `Eqs. 2, 5`, `Eqs. 6–8`: {7}, {2, 5}, {6, 7, 8}."""
     found = set()
@@ -30,7 +29,6 @@ def cited(text):
             found |= set(range(first, (last or [first])[0] + 1))
     return found
 
-
 def functions(node, within=""):
     """(qualified name, function) of the functions and methods of a module or class, nested ones left out."""
     for child in node.body:
@@ -38,7 +36,6 @@ def functions(node, within=""):
             yield within + child.name, child
         elif isinstance(child, ast.ClassDef):
             yield from functions(child, f"{within}{child.name}.")
-
 
 def where():
     """{equation: names of functions with a statement that cites it in a comment on one of its lines}."""
@@ -53,7 +50,6 @@ def where():
                     found.setdefault(equation, {})[name] = True
     return {equation: list(names) for equation, names in found.items()}
 
-
 def table():
     """Two columns of equations, each with the functions that compute it."""
     computed = where()
@@ -64,7 +60,6 @@ def table():
     rows = [row(i) + (row(i + 13) if i + 13 in STATES else "| | | ") + "|" for i in range(1, 14)]
     head = "| Eq. | states | in [`deepseek_v3.py`](deepseek_v3.py) " * 2 + "|"
     return "\n".join([BEGIN, head, "| --: | --- | --- " * 2 + "|", *rows, END])
-
 
 if __name__ == "__main__":
     if "--write" in sys.argv:

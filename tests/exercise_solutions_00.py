@@ -2,7 +2,7 @@
 
 HINT = {
     "0.1": "q_b_proj is q_rank by heads·(nope + rope); kv_a_proj_with_mqa is D by kv_rank + rope; o_proj reads heads·v channels. A norm has as many weights as channels.",
-    "0.2": "(chosen + shared) experts of 3·D·width weights each, and a router of D weights an expert.",
+    "0.2": "(chosen + shared) experts of 3·D·width weights each, and a router of D weights per expert.",
 }
 
 SOLUTION = {

@@ -3,7 +3,7 @@
 HINT = {
     "10.1": "Warm-up: as many forwards as there are ranks behind this one, but no more than n. Then pairs. Then what is left.",
     "10.2": "Table 2 of the report: (PP/2 - 1)(F&B + B - 3W). Both ends work, so PP counts half.",
-    "10.3": "6 a weight that is multiplied, and 3 for each layer, head, channel of score or value, and token of the context.",
+    "10.3": "6 per weight that is multiplied, and 3 for each layer, head, channel of score or value, and token of the context.",
 }
 
 SOLUTION = {
@@ -77,7 +77,7 @@ def training_flops(active, embedding, layers, heads, d_qk, d_v, T):
     return 6 * (active - embedding) + 6 * layers * heads * (d_qk + d_v) * T
 ''',
         '''
-# backward costs twice as much as forward, so that 2 FLOPs a weight become 6
+# backward costs twice as much as forward, so that 2 FLOPs per weight become 6
 def training_flops(active, embedding, layers, heads, d_qk, d_v, T):
     return 2 * (active - embedding) + layers * heads * (d_qk + d_v) * T
 ''',

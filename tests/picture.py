@@ -44,7 +44,7 @@ def draw(directory):
     right.plot(steps, [line["main_loss"] for line in lines], color="#0072B2", label="next token")
     right.plot(steps, [line["mtp_loss"] for line in lines], color="#D55E00", ls=":", label="the one after (MTP)")
     right.set_xlabel("step")
-    right.set_ylabel("training loss, nats a token")
+    right.set_ylabel("training loss, nats per token")
     right.legend(loc="upper right", frameon=False)
     below = right.twinx()
     below.plot(steps, [line["max_violation"] for line in lines], color="#009E73", lw=0.8)

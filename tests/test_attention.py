@@ -315,7 +315,7 @@ def test_a_cache_goes_on_in_several_ways(model, kind):
     ids, mask = padded("left" if kind == "padded" else None)
     given = {"attention_mask": mask} if kind == "padded" else {}
     if kind.startswith("packed"):
-        given["position_ids"] = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]).expand(1 if "alike" in kind else 3, 9)
+        given["position_ids"] = packed([4, 5]).expand(1 if "alike" in kind else 3, 9)
     cache = model(ids, use_cache=True, **given).past_key_values
     branch = cache.repeat_interleave(2)
     more = tokens(6, 3, seed=4)
@@ -553,12 +553,12 @@ def test_trace_records_what_modules_return():
 
 def test_trace_says_what_it_cannot_show_and_leaves_no_hook_behind():
     model = build()
-    with pytest.raises(ValueError, match=r"block\.\*\.mlp\.gate.*model\.layers\.1\.mlp\.gate"):
-        with trace(model, "model.norm", "block.*.mlp.gate"):
-            pass
+    near = r"block\.\*\.mlp\.gate.*model\.layers\.1\.mlp\.gate"
+    with pytest.raises(ValueError, match=near), trace(model, "model.norm", "block.*.mlp.gate"):
+        pass
     with pytest.raises(RuntimeError, match="stop"), trace(model, "layers.*", "lm_head"):
         raise RuntimeError("stop")
-    with pytest.raises(RuntimeError, match="no module that matches ran"), trace(model, "layers.3"):
+    with pytest.raises(RuntimeError, match="ran"), trace(model, "layers.3"):
         model(tokens(1, 3))  # its MTP module has nothing to do
     assert not any(module._forward_hooks for module in model.modules())
     with pytest.raises(ValueError, match="compiled"), trace(torch.compile(model), "lm_head"):

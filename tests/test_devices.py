@@ -190,7 +190,7 @@ def test_every_hop_is_made_and_the_answer_comes_home(places):
         assert str(out.logits.device) == str(out.mtp_logits[0].device) == "cpu"
         expected = [places.get(f"model.layers.{i}", "cpu") for i in range(3)]
         assert [str(cache.layers[i].device) for i in range(3)] == expected
-        chunk = model(inputs_embeds=embeds[:, :2], past_key_values=cache)  # behind a cache, it has a pattern that hops
+        chunk = model(inputs_embeds=embeds[:, :2], past_key_values=cache)  # which has a mask that hops
         assert str(chunk.logits.device) == "cpu"
 
 
@@ -219,8 +219,9 @@ def test_every_tensor_is_made_where_its_inputs_are():
 @pytest.mark.parametrize("quantize", [None, "fp8"])
 @pytest.mark.parametrize(
     "device_map",
-    ["cuda", {"": "cpu", "model.layers.1": "cuda", "model.layers.3": "cuda"}, {"": "cuda", "model.layers.2": "cpu"}],
-)
+    ["cuda", {"": "cpu", "model.layers.1": "cuda", "model.layers.3": "cuda"},
+     {"": "cuda", "model.layers.2": "cpu"}],
+)  # fmt: skip
 @torch.no_grad()
 def test_cpu_and_gpu_together_compute_the_same(tmp_path, device_map, quantize):
     ragged().save_pretrained(tmp_path, quantize=quantize)

@@ -46,7 +46,10 @@ def test_bytes_by_kind_add_up(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("config", "numbers"),
-    [(MOONLIGHT, ["15,960,108,544 total", "2,914,774,528", "31,104 bytes a token"]), (KIMI_K2, ["1,026,408,209,408", "32,861,477,888"])],
+    [
+        (MOONLIGHT, ["15,960,108,544 total", "2,914,774,528", "31,104 bytes a token"]),
+        (KIMI_K2, ["1,026,408,209,408", "32,861,477,888"]),
+    ],
 )
 def test_other_members_of_the_family(tmp_path, capsys, config, numbers):
     said = run(capsys, "info", written(tmp_path, config))
@@ -99,8 +102,9 @@ def test_a_bad_config_stops_the_command(tmp_path, capsys, content):
 # ---- generate --chat ----
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
-RELEASED_STYLE = "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}<｜User｜>{{ m['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}<｜Assistant｜>{% endif %}"
-WITHOUT_BOS = RELEASED_STYLE.removeprefix("{{ bos_token }}")
+WITHOUT_BOS = "{% for m in messages %}{% if m['role'] == 'user' %}<｜User｜>{{ m['content'] }}{% endif %}"
+WITHOUT_BOS += "{% endfor %}{% if add_generation_prompt %}<｜Assistant｜>{% endif %}"
+RELEASED_STYLE = "{{ bos_token }}" + WITHOUT_BOS
 
 
 def folder_with(tmp_path, template, **settings):
@@ -135,7 +139,11 @@ def prompt_of(monkeypatch, capsys, folder, *options):
 
 @pytest.mark.parametrize(
     "template",
-    [RELEASED_STYLE, WITHOUT_BOS, [{"name": "tool_use", "template": "no"}, {"name": "default", "template": RELEASED_STYLE}]],
+    [
+        RELEASED_STYLE,
+        WITHOUT_BOS,
+        [{"name": "tool_use", "template": "no"}, {"name": "default", "template": RELEASED_STYLE}],
+    ],
     ids=["with bos", "without bos", "several"],
 )
 def test_a_chat_has_exactly_one_begin_of_sentence(tmp_path, monkeypatch, capsys, template):

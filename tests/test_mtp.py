@@ -3,16 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import build, pad, tokens
+from helpers import build, close, pad, tokens
 
 from deepseek_v3 import LatentCache, trace
 
 L, D, VOCAB = 3, 32, 61  # of the small model; module k of MTP is layer L + k - 1
 DEPTHS = 3
-
-
-def close(a, b, tolerance=1e-10):
-    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
 
 
 def fresh(**changes):
@@ -26,8 +22,9 @@ def model():
 
 
 @torch.no_grad()
-def mtp_logits(model, ids, mask=None):
-    return model(ids, mask, output_mtp=True).mtp_logits
+def mtp_logits(model, ids, *given):
+    """The modules' logits; `given` are a mask and positions."""
+    return model(ids, *given, output_mtp=True).mtp_logits
 
 
 # ---- Alignment: row i of depth k has read tokens up to i + k and predicts token i + k + 1 ----
@@ -47,36 +44,20 @@ def test_a_row_never_sees_the_token_that_it_predicts(model, depth, changed):
     assert (moved[first:] > 1e-6).all()
 
 
-def test_depth_k_has_k_rows_less(model):
-    assert [tuple(rows.shape) for rows in mtp_logits(model, tokens(2, 10))] == [
-        (2, 9, VOCAB),
-        (2, 8, VOCAB),
-        (2, 7, VOCAB),
-    ]
-
-
 # ---- What enters a module, and what leaves it ----
 
 
 @torch.no_grad()
-def test_the_first_module_reads_states_after_the_final_norm(model):
-    with trace(model, "layers.3.hnorm", "layers.3.enorm") as seen:
+def test_modules_read_normed_states_and_the_embeddings_ahead(model):
+    """The first those after the final norm, the next those of the one before."""
+    with trace(model, "hnorm", "enorm", "shared_head.norm") as seen:
         out = model(tokens(2, 8), output_mtp=True)
-    block = model.model.layers[L]
-    embeds = model.model.embed_tokens(tokens(2, 8))
-    close(seen["model.layers.3.hnorm"], block.hnorm(out.last_hidden_state[:, :-1]))
-    close(seen["model.layers.3.enorm"], block.enorm(embeds[:, 1:]))
-
-
-@torch.no_grad()
-def test_the_next_module_reads_the_normed_states_of_the_one_before(model):
-    with trace(model, "layers.3.shared_head.norm", "layers.4.hnorm", "layers.4.enorm") as seen:
-        model(tokens(2, 8), output_mtp=True)
-    block = model.model.layers[L + 1]
-    embeds = model.model.embed_tokens(tokens(2, 8))
-    states = seen["model.layers.3.shared_head.norm"]
-    close(seen["model.layers.4.hnorm"], block.hnorm(states[:, :-1]))
-    close(seen["model.layers.4.enorm"], block.enorm(embeds[:, 2:]))
+    states, embeds = out.last_hidden_state, model.model.embed_tokens(tokens(2, 8))
+    for k, block in enumerate(model.mtp_blocks, 1):
+        name = f"model.layers.{L + k - 1}."
+        close(seen[name + "hnorm"], block.hnorm(states[:, :-1]))
+        close(seen[name + "enorm"], block.enorm(embeds[:, k:]))
+        states = seen[name + "shared_head.norm"]
 
 
 @torch.no_grad()
@@ -97,12 +78,16 @@ def test_the_projection_takes_the_embedding_first():
 @torch.no_grad()
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_a_module_has_a_norm_of_its_own_before_the_shared_head(depth):
+    """And the head is the main model's."""
     model, ids = fresh(), tokens(2, 8)
     before = model(ids, output_mtp=True)
     model.model.layers[L + depth - 1].shared_head["norm"].weight *= -2
     after = model(ids, output_mtp=True)
     assert torch.equal(after.logits, before.logits)
     close(after.mtp_logits[depth - 1], -2 * before.mtp_logits[depth - 1])
+    model.lm_head.weight *= 2
+    for new, old in zip(mtp_logits(model, ids), after.mtp_logits, strict=True):
+        close(new, 2 * old)
 
 
 def test_embedding_and_head_are_shared(model):
@@ -126,32 +111,24 @@ def test_a_module_behind_a_cache_reads_what_it_holds(model):
     """Rows in two chunks through a cache, as drafting feeds them, are the rows of one pass."""
     ids, block, cache = tokens(1, 8), model.model.layers[L], LatentCache()
     hidden, embeds = model(ids).last_hidden_state[:, :-1], model.model.embed_tokens(ids)[:, 1:]
-    at_once = block(hidden, embeds, *model.model.context(hidden, None, None, None)[1:])
-    chunks = []
+    positions, chunks = torch.arange(7)[None], []
+    at_once, *_ = block(hidden, embeds, model.model.context(positions, None, None, None))
     for part in (slice(0, 4), slice(4, 7)):
-        _, rope, pattern = model.model.context(hidden[:, part], None, None, cache)
-        chunks.append(block(hidden[:, part], embeds[:, part], rope, pattern, cache))
+        context = model.model.context(positions[:, part], None, None, cache)
+        chunks.append(block(hidden[:, part], embeds[:, part], context)[0])
         cache.length = part.stop
     close(torch.cat(chunks, 1), at_once)
 
 
 @torch.no_grad()
-def test_the_shared_head_is_the_main_one():
-    model, ids = fresh(), tokens(2, 8)
-    before = model(ids, output_mtp=True)
-    model.lm_head.weight *= 2
-    after = model(ids, output_mtp=True)
-    close(after.logits, 2 * before.logits)
-    for new, old in zip(after.mtp_logits, before.mtp_logits, strict=True):
-        close(new, 2 * old)
-
-
-@torch.no_grad()
-def test_mtp_changes_nothing_in_the_main_model(model):
+def test_mtp_changes_nothing_in_the_main_model_and_reads_embeddings_too(model):
     ids = tokens(2, 8)
     plain, asked = model(ids), model(ids, output_mtp=True)
     assert torch.equal(plain.logits, asked.logits)
     assert plain.mtp_logits is None
+    embedded = model(inputs_embeds=model.model.embed_tokens(ids), output_mtp=True)
+    for given, looked_up in zip(embedded.mtp_logits, asked.mtp_logits, strict=True):
+        close(given, looked_up)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -165,12 +142,46 @@ def test_a_padded_row_is_the_row_alone(model, side):
             close(together[k - 1][i, start : start + len(row) - k], alone[0])
 
 
-def test_embeddings_stand_for_their_tokens(model):
-    ids = tokens(2, 8)
-    with torch.no_grad():
-        out = model(inputs_embeds=model.model.embed_tokens(ids), output_mtp=True)
-    for given, looked_up in zip(out.mtp_logits, mtp_logits(model, ids), strict=True):
-        close(given, looked_up)
+LENGTHS = [[10], [4, 6], [1, 2, 7], [3, 1, 5, 1]]  # of the documents in rows of 10 tokens
+POSITIONS = torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in LENGTHS])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_packed_documents_are_learnt_from_as_each_alone(training):
+    """Its logits, its targets, none across a border; and its tokens' share of the balance loss."""
+    model, ids = fresh().train(training), tokens(4, 10)
+    out = model(ids, position_ids=POSITIONS, labels=ids)
+    main, ahead = [], [[] for _ in range(DEPTHS)]
+    for i, lengths in enumerate(LENGTHS):
+        for document, end in zip(ids[i].split(lengths), torch.tensor(lengths).cumsum(0), strict=True):
+            start, alone = int(end) - len(document), model(document[None], output_mtp=True)
+            terms = F.cross_entropy(alone.logits[0, :-1], document[1:], reduction="none")
+            main.append(terms)
+            for k, rows in enumerate(alone.mtp_logits or (), 1):
+                close(out.mtp_logits[k - 1][i, start : int(end) - k], rows[0], 1e-5)
+                targets = document[k + 1 :]
+                terms = F.cross_entropy(rows[0, : len(targets)], targets, reduction="none")
+                ahead[k - 1].append(terms)
+    close(out.main_loss, torch.cat(main).mean())
+    close(out.mtp_loss, sum(torch.cat(terms).mean() for terms in ahead) / DEPTHS)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["plain", "left", "packed"])
+def test_a_square_mask_reaches_the_modules(model, kind):
+    """What it says is what a mask of two axes, or packed positions, say."""
+    ids, mask, positions = tokens(4, 10), torch.ones(4, 10), POSITIONS
+    if kind != "packed":
+        mask[1, :3] = kind != "left"
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    document = (positions == 0).long().cumsum(-1) if kind == "packed" else mask
+    causal = torch.ones(10, 10).tril().bool()
+    square = ((document[:, :, None] == document[:, None]) & (document[:, None] > 0) & causal)[:, None]
+    right = mtp_logits(model, ids, None if kind == "packed" else mask, positions)
+    for other in (square, torch.zeros(square.shape).masked_fill(~square, -torch.inf)):
+        for k, found in enumerate(mtp_logits(model, ids, other, positions), 1):
+            inside = (document[:, :-k] == document[:, k:]) & (document[:, :-k] > 0)
+            close(found[inside], right[k - 1][inside])
 
 
 # ---- Loss ----
@@ -216,24 +227,20 @@ def test_the_loss_of_a_single_target_is_its_own(model):
     close(out.mtp_loss, -out.mtp_logits[0][0, 0].log_softmax(-1)[target] / 2)
 
 
-@pytest.mark.parametrize(
-    ("labels", "named"),
-    [
-        (tokens(2, 5), r"labels.*\(2, 5\).*\(2, 6\)"),
-        (tokens(1, 6), r"labels.*\(1, 6\).*\(2, 6\)"),
-        (torch.full((2, 6), 61), "labels.*61"),
-        (torch.full((2, 6), -1), "labels.*-1"),
-    ],
-)
-def test_labels_that_cannot_be_scored_are_named(model, labels, named):
-    with pytest.raises(ValueError, match=named):
-        model(tokens(2, 6), labels=labels)
-
-
-def test_labels_need_the_logits_of_all_tokens(model):
-    with pytest.raises(ValueError, match="labels"):
-        model(tokens(2, 6), labels=tokens(2, 6), logits_to_keep=1)
-    assert model(tokens(2, 6), logits_to_keep=1, output_mtp=True).mtp_logits is not None
+@pytest.mark.parametrize("training", [False, True])
+def test_losses_of_parts_over_the_number_of_all_labels_add_up_to_that_of_the_whole(training):
+    """num_items_in_batch: each part's losses are sums over it, as in gradient accumulation."""
+    model, ids = fresh(balance_loss_weight=0.05).train(training), tokens(4, 10)
+    labels = ids.masked_fill(torch.tensor([[0], [4], [9], [1]]) > torch.arange(10), -100)
+    count = (labels[:, 1:] != -100).sum()
+    whole = model(ids, labels=labels, num_items_in_batch=count)
+    split = [(ids[part], labels[part]) for part in (slice(0, 1), slice(1, 3), slice(3, 4))]
+    parts = [model(rows, labels=given, num_items_in_batch=int(count)) for rows, given in split]
+    for name in ("loss", "main_loss", "mtp_loss") + ("balance_loss",) * training:
+        close(sum(part[name] for part in parts), whole[name], 1e-7)
+    plain = model(ids, labels=labels)
+    close(whole.main_loss, plain.main_loss)
+    assert (whole.loss != whole.main_loss) == training
 
 
 def test_labels_behind_a_cache_score_the_main_model_only(model):
@@ -241,22 +248,23 @@ def test_labels_behind_a_cache_score_the_main_model_only(model):
     out = model(tokens(1, 3), labels=tokens(1, 3), past_key_values=cache)
     assert out.mtp_logits is None and out.mtp_loss is None
     assert out.loss == out.main_loss
+    with pytest.raises(ValueError, match="output_mtp"):
+        model(tokens(1, 2), past_key_values=cache, output_mtp=True)
+    assert model(tokens(2, 6), logits_to_keep=1, output_mtp=True).mtp_logits is not None
 
 
 @torch.no_grad()
 def test_given_positions_reach_the_modules(model):
     """Twice as far apart, tokens are others to a module too; the same positions change nothing."""
-    ids, plain = tokens(1, 8), mtp_logits(model, tokens(1, 8))
+    ids, mask, plain = tokens(1, 8), torch.ones(1, 8), mtp_logits(model, tokens(1, 8))
     for stretch in (1, 2):
         positions = stretch * torch.arange(8)[None]
-        out = model(ids, position_ids=positions, output_mtp=True)
-        hidden = model(ids, position_ids=positions).last_hidden_state
-        embeds = model.model.embed_tokens(ids)
-        _, rope, pattern = model.model.context(hidden[:, :-1], None, positions[:, :-1], None)
-        alone = model.lm_head(model.model.layers[L](hidden[:, :-1], embeds[:, 1:], rope, pattern))
-        close(out.mtp_logits[0], alone)
-        if stretch == 1:
-            close(out.mtp_logits[0], plain[0])
+        hidden, embeds = model(ids, mask, positions).last_hidden_state, model.model.embed_tokens(ids)
+        context = model.model.context(positions[:, :-1], None, None, None)
+        alone = model.lm_head(model.model.layers[L](hidden[:, :-1], embeds[:, 1:], context)[0])
+        found = mtp_logits(model, ids, mask, positions)[0]
+        close(found, alone)
+        assert ((found - plain[0]).abs().max() < 1e-10) == (stretch == 1)
 
 
 @pytest.mark.parametrize("weight", [0.3, 0.1, 0])
@@ -265,12 +273,8 @@ def test_the_training_loss_is_main_mtp_and_balance(weight):
     out = model(tokens(2, 10), labels=tokens(2, 10))
     close(out.loss, out.main_loss + weight * out.mtp_loss + 0.05 * out.balance_loss)
     assert out.balance_loss > 0
-
-
-def test_the_evaluation_loss_is_the_main_one(model):
-    out = model(tokens(2, 10), labels=tokens(2, 10))
-    assert out.loss == out.main_loss
-    assert out.mtp_loss > 0
+    in_evaluation = model.eval()(tokens(2, 10), labels=tokens(2, 10))
+    assert in_evaluation.loss == in_evaluation.main_loss and in_evaluation.mtp_loss > 0
 
 
 def test_the_mtp_loss_teaches_the_trunk_and_the_shared_parts():
@@ -307,9 +311,3 @@ def test_without_modules_there_is_nothing_to_show():
     assert out.loss == out.main_loss
     training = model.train()(tokens(2, 6), labels=tokens(2, 6))
     close(training.loss, training.main_loss + 0.0001 * training.balance_loss)
-
-
-def test_modules_do_not_run_behind_a_cache(model):
-    cache = model(tokens(1, 4), use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="output_mtp"):
-        model(tokens(1, 2), past_key_values=cache, output_mtp=True)

@@ -65,12 +65,15 @@ def labelled(model, ids, mask=None):
     return out
 
 
+MASKS = [[[0] * 6, [1] * 6], [[0] * 6] * 2, [[0, 0, 0, 0, 0, 1], [1, 0, 0, 0, 0, 0]]]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("mask", [[[0] * 6, [1] * 6], [[0] * 6] * 2, [[0, 0, 0, 0, 0, 1], [1, 0, 0, 0, 0, 0]]], ids=str)
+@pytest.mark.parametrize("mask", MASKS, ids=str)
 def test_rows_without_a_token_give_no_nan(dtype, mask):
     model, ids = build(dtype=dtype).train(), tokens(2, 6)
     all_finite(labelled(model, ids, torch.tensor(mask)), model)
-    out = model.generate(ids, attention_mask=torch.tensor(mask), max_new_tokens=3, use_mtp=True, eos_token_id=-1)
+    out = model.generate(ids, torch.tensor(mask), max_new_tokens=3, use_mtp=True, eos_token_id=-1)
     assert out.shape == (2, 9)
 
 
@@ -82,6 +85,7 @@ def test_scores_that_underflow_give_no_nan(dtype):
             block.mlp.gate.weight.copy_(-1e4 * torch.ones_like(block.mlp.gate.weight))
     out = labelled(model, tokens(2, 12))
     assert any((routing.scores.sum(-1) == 0).any() for routing in out.routing)
+    assert all(routing.weights.isfinite().all() for routing in out.routing)
     all_finite(out, model)
     model.update_router_bias(0.01)
     assert all(bias.isfinite().all() for bias in router_biases(model))
@@ -97,17 +101,6 @@ def test_a_prompt_of_one_token_trains_and_generates(dtype):
     assert model.generate(ids, max_new_tokens=4, use_mtp=True, eos_token_id=-1).shape == (3, 5)
 
 
-def test_experts_that_nobody_chose_have_zero_gradients_and_not_none():
-    model = build().train()
-    for bias in router_biases(model):
-        bias[[0, 5, 11]] = -100
-    all_finite(labelled(model, tokens(2, 16)), model)
-    for block in model.model.layers[1:]:
-        for weight in block.mlp.experts.parameters():
-            busy = weight.grad.flatten(1).abs().sum(-1) > 0
-            assert not busy[[0, 5, 11]].any() and busy.any()
-
-
 # ---- Too long, long, many ----
 
 
@@ -118,18 +111,14 @@ def long_warnings(call):
     return [str(warning.message) for warning in caught]
 
 
-def test_positions_past_the_limit_warn_once_a_model():
+def test_positions_past_the_limit_warn_at_each_call_and_are_counted_through_the_cache():
     model = build(max_position_embeddings=8, num_nextn_predict_layers=0)
     assert not long_warnings(lambda: model(tokens(1, 8)))
-    (message,) = long_warnings(lambda: model(tokens(1, 11)))
-    assert "11 positions" in message and "max_position_embeddings=8" in message
-    assert not long_warnings(lambda: model(tokens(1, 12)))
-
-
-def test_positions_past_the_limit_are_counted_through_the_cache():
-    model = build(max_position_embeddings=8)
-    (message,) = long_warnings(lambda: model.generate(tokens(2, 5), max_new_tokens=9, eos_token_id=-1))
-    assert "9 positions" in message
+    for length in (11, 12):
+        (message,) = long_warnings(lambda length=length: model(tokens(1, length)))
+        assert f"{length} positions" in message and "max_position_embeddings=8" in message
+    found = long_warnings(lambda: model.generate(tokens(2, 5), max_new_tokens=6, eos_token_id=-1))
+    assert [message.split(",")[0] for message in found] == ["9 positions", "10 positions"]
 
 
 def test_the_limit_is_checked_without_asking_a_device():
@@ -144,8 +133,9 @@ import json, resource, sys, torch
 sys.path[:0] = sys.argv[1:]
 from helpers import build, tokens
 torch.set_num_threads(1)
-small = dict(num_hidden_layers=1, first_k_dense_replace=0, num_attention_heads=2, max_position_embeddings=10**5)
-model = build(**small, num_nextn_predict_layers=1, hidden_size=32, n_routed_experts=4, n_group=1, topk_group=1)
+small = dict(num_hidden_layers=1, first_k_dense_replace=0, num_attention_heads=2, hidden_size=32)
+small |= dict(n_routed_experts=4, n_group=1, topk_group=1, max_position_embeddings=10**5)
+model = build(**small, num_nextn_predict_layers=1)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 model.generate(tokens(2, 9), max_new_tokens=3)
 before, peaks = peak(), {}

@@ -73,39 +73,18 @@ def test_the_671b_model_builds_on_the_meta_device_in_seconds():
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"),
+    ("name", "parameters", "of_a_token", "outside"),
     [
-        ("V3", 671_026_404_352),
-        ("V2", 235_741_434_880),
-        ("V2-Lite", 15_706_484_224),
-        ("Kimi-K2", 1_026_408_209_408),
+        ("V3", 671_026_404_352, 37_552_282_624, 0),
+        ("V2", 235_741_434_880, 21_375_800_320, 0),
+        ("V2-Lite", 15_706_484_224, 2_661_150_208, 0),
+        ("Kimi-K2", 1_026_408_209_408, 32_861_477_888, 0),
+        ("Moonlight", 15_289_019_904, 2_243_685_888, 2 * 163840 * 2048),  # without embedding and head
     ],
 )
-def test_total_parameters(name, parameters):
-    assert total(name) == parameters
-
-
-@pytest.mark.parametrize(
-    ("name", "parameters"),
-    [
-        ("V3", 37_552_282_624),
-        ("V2", 21_375_800_320),
-        ("V2-Lite", 2_661_150_208),
-        ("Kimi-K2", 32_861_477_888),
-    ],
-)
-def test_activated_parameters(name, parameters):
-    assert activated(name) == parameters
-
-
-def test_moonlight_counts_without_embedding_and_head():
-    outside = 2 * 163840 * 2048
-    assert total("Moonlight") - outside == 15_289_019_904
-    assert activated("Moonlight") - outside == 2_243_685_888
-
-
-def test_v3_activates_36_6_billion_without_the_embedding():
-    assert activated("V3") - EMBEDDING == 36_625_603_584
+def test_total_and_activated_parameters(name, parameters, of_a_token, outside):
+    assert total(name) - outside == parameters
+    assert activated(name) - outside == of_a_token
 
 
 def test_v3_parts():
@@ -117,11 +96,8 @@ def test_v3_parts():
     assert count(layers[3].mlp.gate) == 1_835_008
     assert count(layers[3].mlp.experts) == 256 * EXPERT
     assert count(layers[3].mlp.shared_experts) == EXPERT
-
-
-def test_routed_experts_hold_97_percent():
-    experts = sum(count(layer.mlp.experts) for layer in on_meta("V3").model.layers[3:61])
-    assert experts == 653_908_770_816
+    assert sum(count(layer.mlp.experts) for layer in layers[3:61]) == 653_908_770_816  # 97 %
+    assert activated("V3") - EMBEDDING == 36_625_603_584
 
 
 def test_router_biases_are_scalars_beside_the_parameters():
@@ -139,9 +115,7 @@ def test_mtp_adds_11_6_billion_and_shares_embedding_and_head():
     assert count(mtp) == 11_610_067_968
     assert count(mtp[0].eh_proj) == 102_760_448
     assert count(mtp) - idle(on_meta("V3"), mtp) + 2 * EMBEDDING == 2_541_458_432
-
-
-def test_the_released_repository_repeats_embedding_and_head_for_mtp():
+    # The released repository repeats both.
     assert count(on_meta("V3")) + 2 * EMBEDDING == 684_489_830_400
 
 
@@ -209,17 +183,10 @@ def test_yarn_is_off_at_a_factor_of_1_and_on_above(factor, value):
     assert yarn_mscale(factor, 1.0) == pytest.approx(value)
 
 
-def test_an_attention_factor_given_is_taken():
-    yarn = V3["rope_scaling"] | {"attention_factor": 1.5}
-    narrow = dict(vocab_size=2, hidden_size=2, num_hidden_layers=1, num_attention_heads=1)
-    config = DeepseekV3Config(**narrow, intermediate_size=2, rope_scaling=yarn)
-    assert DeepseekV3Model(config).rotary_emb.magnitude == 1.5
+SCALES = [("V3", 0.1352337788609), ("Moonlight", 0.0721687836), ("V2", 0.1352337788609)]
 
 
-@pytest.mark.parametrize(
-    ("name", "scale"),
-    [("V3", 0.1352337788609), ("Moonlight", 0.0721687836), ("V2", 0.1352337788609)],
-)
+@pytest.mark.parametrize(("name", "scale"), SCALES)
 def test_softmax_scale(name, scale):
     assert on_meta(name).config.softmax_scale == pytest.approx(scale, rel=1e-9)
 
@@ -235,25 +202,26 @@ M, M2 = 1.3688879454, 1.2608037774  # 0.1 m ln 40 + 1 for m = 1 (V3) and m = 0.7
 
 
 @pytest.mark.parametrize(
-    ("mscale", "all_dim", "softmax", "length"),
+    ("mscale", "all_dim", "more", "softmax", "length"),
     [
-        (1.0, 1.0, M**2, 1.0),  # V3
-        (0.707, 0.707, 1.5896261652, 1.0),  # V2
-        (1.0, 0.707, M2**2, M / M2),
-        (0.707, 1.0, M**2, M2 / M),
-        (None, 0.707, M2**2, M),  # with one of them only, cos and sin take 0.1 ln 40 + 1
-        (0.707, None, 1.0, M),
+        (1.0, 1.0, {}, M**2, 1.0),  # V3
+        (0.707, 0.707, {}, 1.5896261652, 1.0),  # V2
+        (1.0, 0.707, {}, M2**2, M / M2),
+        (0.707, 1.0, {}, M**2, M2 / M),
+        (None, 0.707, {}, M2**2, M),  # with one of them only, cos and sin take 0.1 ln 40 + 1
+        (0.707, None, {}, 1.0, M),
+        (1.0, 1.0, {"attention_factor": 1.5}, M**2, 1.5),
     ],
 )
-def test_the_softmax_takes_mscale_all_dim_and_cos_and_sin_the_ratio(
-    mscale, all_dim, softmax, length
-):
+def test_the_softmax_takes_mscale_all_dim_and_cos_and_sin_the_ratio(mscale, all_dim, more, softmax, length):
     """Equal in every released member, so that mixing the two up would not show there."""
     narrow = dict(vocab_size=2, hidden_size=2, num_hidden_layers=1, num_attention_heads=1)
-    yarn = V3["rope_scaling"] | {"mscale": mscale, "mscale_all_dim": all_dim}
+    yarn = V3["rope_scaling"] | {"mscale": mscale, "mscale_all_dim": all_dim} | more
     config = DeepseekV3Config(**narrow, intermediate_size=2, rope_scaling=yarn)
     assert config.softmax_scale * 192**0.5 == pytest.approx(softmax)
-    cos, sin = DeepseekV3Model(config).rotary_emb(torch.arange(7)[None])
+    rotary = DeepseekV3Model(config).rotary_emb
+    cos, sin = rotary(torch.arange(7)[None])
+    assert rotary.factor == pytest.approx(length)
     torch.testing.assert_close((cos**2 + sin**2).sqrt(), torch.full_like(cos, length))
 
 
