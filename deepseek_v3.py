@@ -69,6 +69,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -270,7 +271,7 @@ def dequantise(weight: Tensor, scale_inv: Maybe, dtype: torch.dtype) -> Tensor:
 def linear(x: Tensor, weight: Tensor, scale_inv: Maybe = None, bias: Maybe = None) -> Tensor:
     """x @ weightᵀ + bias for any stored dtype; a few float32 rows on a CPU take a faster form."""
     weight = dequantise(weight, scale_inv, x.dtype)
-    if weight.numel() >= 2**17 and x.is_cpu and x.dtype == torch.float32 and not torch.compiler.is_compiling():
+    if x.is_cpu and x.dtype == torch.float32 and type(weight) in (Tensor, nn.Parameter) and not is_traced(x):
         return linear_on_a_cpu(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -281,7 +282,7 @@ def linear_on_a_cpu(x: Tensor, weight: Tensor, bias: Maybe) -> Tensor:
     sums; this way, decoding takes two thirds of the time (tests/benchmark.py).
     """
     rows = x.reshape(-1, x.shape[-1])
-    if not 0 < len(rows) <= 4:
+    if weight.numel() < 2**17 or not 0 < len(rows) <= 4:
         return F.linear(x, weight, bias)
     if len(rows) == 1 and weight.numel() <= 2**20:  # so that the products stay in the cache
         y = (weight * rows).sum(-1)
@@ -302,6 +303,21 @@ class Linear(nn.Linear):
         y = linear(x.to(self.weight.device), self.weight, self.weight_scale_inv, self.bias)
         return y.to(x.device)
 
+def is_traced(x: Tensor) -> bool:
+    """Whether torch.compile or torch.func looks on: then no tensor's numbers may decide what is done."""
+    return torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that torch.autocast computes in on x's device; None outside of it."""
+    device = x.device.type
+    on = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
+
+def home(module: nn.Module, x: Tensor) -> torch.device:
+    """Where a module computes: at its weights or, if it has none or they are offloaded, at x."""
+    device = next(module.parameters(), x).device
+    return x.device if device.type == "meta" else device
+
 def is_plain(module: nn.Module, kind: type) -> bool:
     """Whether nobody replaced, hooked, parametrized or wrapped a module of ours.
 
@@ -309,7 +325,8 @@ def is_plain(module: nn.Module, kind: type) -> bool:
     """
     hooks = (module._forward_hooks, module._forward_pre_hooks)
     hooks += (module._backward_hooks, module._backward_pre_hooks)
-    return type(module) is kind and not any(hooks) and "forward" not in module.__dict__
+    plain = type(module) is kind and not any(hooks) and "forward" not in module.__dict__
+    return plain and type(module._parameters.get("weight")) in (nn.Parameter, NoneType)
 
 @torch.library.custom_op("deepseek_v3::grouped_mm", mutates_args=())
 def grouped_mm(x: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
@@ -354,18 +371,18 @@ class LatentCache:
         if held.shape[1] < end:  # growing by half copies a number a few times, not once per token
             room = max(self.capacity, end, self.length * 3 // 2)
             held = F.pad(held[:, : self.length], (0, 0, 0, room - self.length))
-        elif held.is_inference() and not torch.is_inference_mode_enabled():
+        elif not is_traced(held) and held.is_inference() and not torch.is_inference_mode_enabled():
             held = held.clone()  # made under inference_mode, it cannot be written to outside
         self.layers[layer] = held
         held[:, self.length : end] = latent.detach()
-        if latent.requires_grad:  # training through a cache: the new tokens keep their gradients
+        if torch.is_grad_enabled():  # backward needs these numbers, and the next call writes into `held`
             return torch.cat([held[:, : self.length], latent], 1)
         return held[:, :end]
 
     def crop(self, length: int) -> None:
         """Keep the first `length` tokens; a negative length drops that many of the last ones."""
         keep = length + self.length if length < 0 else length
-        if not 0 <= keep <= self.length:
+        if not (isinstance(length, int) and 0 <= keep <= self.length):
             raise ValueError(f"crop({length}): the cache holds {self.length} tokens")
         self.length = keep
         self.documents = None if self.documents is None else self.documents[:, :keep]
@@ -387,36 +404,37 @@ class LatentCache:
         """Bytes of the tokens held, over all layers."""
         return sum(held[:, : self.length].nbytes for held in self.layers.values())
 
-@dataclass(eq=False)
 class Context:
-    """What the layers of a forward share; no pytree node, so that FSDP casts none of it to bfloat16."""
+    """What the layers of a forward share. A plain object: FSDP casts tensors that it finds in others.
 
-    cos: Tensor  # (B or 1, T, 1, R/2)
-    sin: Tensor  # (B or 1, T, 1, R/2)
-    mask: Maybe  # (B or 1, 1, T, S), of `visible`
-    cache: LatentCache | None = None
+    cos and sin (B or 1, T, 1, R/2); mask (B or 1, 1, T, S) or None, of `visible`; the cache or None,
+    and under which number the layer that runs finds its latents there.
+    """
+
+    def __init__(self, cos: Tensor, sin: Tensor, mask: Maybe, cache: LatentCache | None, layer: int = 0) -> None:
+        self.cos, self.sin, self.mask, self.cache, self.layer = cos, sin, mask, cache, layer
 
     def to(self, device: torch.device) -> "Context":
-        moved = (None if part is None else part.to(device) for part in (self.cos, self.sin, self.mask))
-        return Context(*moved, self.cache)
+        mask = None if self.mask is None else self.mask.to(device)
+        return Context(self.cos.to(device), self.sin.to(device), mask, self.cache, self.layer)
 
 def locate(attention_mask: Maybe, position_ids: Maybe, cache: LatentCache | None, x: Tensor) -> tuple[Tensor, Maybe]:
     """Where new tokens x (B, T, D) stand: position_ids (B or 1, T), and documents of all keys (B, S).
 
     Documents count from 1, and 0 is padding; None stands for one document without padding. They come
-    from a mask (B, S), else from positions that restart within a row; else the last one goes on.
+    from a mask (B, S), else from positions that do not count on by one; else the last one goes on.
     """
     (B, T), past = x.shape[:2], 0 if cache is None else cache.length
     documents = None if cache is None else cache.documents
-    starts, compiling = x.new_zeros(B, T, dtype=torch.bool), torch.compiler.is_compiling()
+    starts, traced = x.new_zeros(B, T, dtype=torch.bool), is_traced(x)
     if position_ids is not None and attention_mask is None:
         first = (position_ids[:, :1] == 0) & (past > 0)
         starts = torch.cat([first, position_ids.diff(dim=-1) != 1], -1).expand(B, -1)  # (B, T)
     if attention_mask is not None and attention_mask.ndim == 2:
         # Without padding the plain-causal form is faster; asking costs one synchronisation.
-        plain = T > 1 and not compiling and bool(attention_mask.all())
+        plain = T > 1 and not traced and bool(attention_mask.all())
         documents = None if plain else attention_mask.long()
-    elif documents is not None or position_ids is not None and (compiling or bool(starts.any())):
+    elif documents is not None or position_ids is not None and (traced or bool(starts.any())):
         held = starts.new_ones(B, past, dtype=torch.long) if documents is None else documents  # (B, S - T)
         newest = F.pad(held, (1, 0), value=1).amax(-1, keepdim=True)
         documents = torch.cat([held, newest + starts.cumsum(-1)], -1)  # (B, S)
@@ -468,9 +486,8 @@ class MLA(nn.Module):
                                             └─ q_rope ─ RoPE ─────────────────────┘
     """
 
-    def __init__(self, config: DeepseekV3Config, layer_idx: int) -> None:
+    def __init__(self, config: DeepseekV3Config) -> None:
         super().__init__()
-        self.layer_idx = layer_idx
         self.H, self.C, self.V = config.num_attention_heads, config.kv_lora_rank, config.v_head_dim
         self.N, self.R = config.qk_nope_head_dim, config.qk_rope_head_dim
         D, self.Q, bias = config.hidden_size, config.q_lora_rank, config.attention_bias
@@ -494,7 +511,7 @@ class MLA(nn.Module):
         k_rope = apply_rope(k_rope.unsqueeze(2), context.cos, context.sin).squeeze(2)  # (B, T, R) Eq. 3
         latent = torch.cat([c_kv, k_rope.to(c_kv.dtype)], -1)  # (B, T, C + R)
         if context.cache is not None:
-            latent = context.cache.append(self.layer_idx, latent)  # (B, S, C + R)
+            latent = context.cache.append(context.layer, latent)  # (B, S, C + R)
         attend = self.form(x.shape[1], latent.shape[1], output_attentions)
         out, probs = attend(q_nope, q_rope, latent, context.mask)  # (B, T, H, V), (B, H, T, S)
         return self.o_proj(out.flatten(-2)), probs if output_attentions else None  # Eq. 11
@@ -552,7 +569,7 @@ class MLA(nn.Module):
         v = F.pad(v, (0, max(0, self.N + self.R - self.V)))
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(q.dtype)
-        causal = mask is None and q.shape[2] > 1
+        causal = True if mask is None and q.shape[2] > 1 else False  # noqa: SIM210 (bool() leaves a symbol)
         out = F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=self.scale)
         return out[..., : self.V].transpose(1, 2), None  # Eq. 10
 
@@ -608,12 +625,12 @@ class Router(nn.Module):
         self.normalise, self.scaling = config.norm_topk_prob, config.routed_scaling_factor
         self.weight = nn.Parameter(torch.empty(self.E, config.hidden_size))
         self.register_buffer("e_score_correction_bias", torch.zeros(self.E, dtype=torch.float32))
-        load = torch.zeros(self.E, dtype=torch.int64, device="cpu")  # visits since the bias moved
-        self.register_buffer("load", load, persistent=False)
+        # Visits since the bias moved; no buffer, since DDP sends the first process's buffers to all.
+        self.load = torch.zeros(self.E, dtype=torch.int64, device="cpu")
 
     def forward(self, x: Tensor) -> Routing:
-        autocast = torch.is_autocast_enabled(x.device.type)  # it would round the scores to bfloat16
-        with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+        # Autocast would round the scores to bfloat16, and choose other experts.
+        with torch.autocast(x.device.type, enabled=False) if autocast_dtype(x) else nullcontext():
             scores = F.linear(upcast(x), upcast(self.weight)).sigmoid()  # (B, T, E) Eq. 15
         choice = self.limit_groups(scores.detach() + self.e_score_correction_bias)  # (B, T, E)
         indices = choice.topk(self.K, sorted=False).indices  # (B, T, K) Eq. 16
@@ -659,8 +676,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         # A visit is one (token, expert) pair; sorted by expert, those of one expert lie together.
         expert, order = indices.flatten().sort(stable=True)  # (B*T*K), (B*T*K)
-        device, dtype = x.device.type, x.dtype
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+        dtype = autocast_dtype(x) or x.dtype
         work = self.all_at_once if self.kernel_takes(x, dtype) else self.one_by_one
         out = work(x.flatten(0, 1).to(dtype), expert, order, weights.flatten(0, 1))  # (B*T, D)
         return out.to(x.dtype).view_as(x)
@@ -670,7 +686,7 @@ class Experts(nn.Module):
 
         In inference on a CPU the loop is as fast, and reads no expert that nobody visits.
         """
-        if not (x.is_cuda or x.requires_grad or torch.compiler.is_compiling()):
+        if not (x.is_cuda or x.requires_grad or is_traced(x)):
             return False
         plain = self.gate_proj.dtype != FP8 and dtype in (torch.float32, torch.bfloat16)
         return plain and all(dtype.itemsize * width % 16 == 0 for width in self.gate_proj.shape[1:])
@@ -736,7 +752,7 @@ class Block(nn.Module):
         super().__init__()
         D, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = nn.RMSNorm(D, eps=eps)
-        self.self_attn = MLA(config, layer_idx)
+        self.self_attn = MLA(config)
         self.post_attention_layernorm = nn.RMSNorm(D, eps=eps)
         dense = layer_idx < config.first_k_dense_replace
         self.mlp = FeedForward(D, config.intermediate_size) if dense else MoE(config)
@@ -766,12 +782,14 @@ class MTPBlock(Block):
         self.eh_proj = Linear(2 * D, D)
         self.shared_head = nn.ModuleDict({"norm": nn.RMSNorm(D, eps=eps)})  # the head is lm_head
 
-    def forward(self, hidden: Tensor, embeds: Tensor, context: Context) -> BlockOutput:
-        here = self.hnorm.weight.device
+    def forward(
+        self, hidden: Tensor, embeds: Tensor, context: Context, output_attentions: bool = False
+    ) -> BlockOutput:
+        here = home(self.hnorm, hidden)
         joined = torch.cat([self.enorm(embeds.to(here)), self.hnorm(hidden.to(here))], -1)  # (B, T-k, 2*D)
         x = self.eh_proj(joined)  # (B, T-k, D) Eq. 21 NOTE(checkpoint) eh-order
-        x, _, routing = super().forward(x, context.to(here))  # Eq. 22
-        return self.shared_head["norm"](x).to(hidden.device), None, routing
+        x, attention, routing = super().forward(x, context.to(here), output_attentions)  # Eq. 22
+        return self.shared_head["norm"](x).to(hidden.device), attention, routing
 
 # ---- 8. Model and heads — Eq. 23 ----------------------------------------------------------------
 
@@ -784,7 +802,7 @@ class ModelOutput:
     last_hidden_state: Maybe = None  # (B, T, D), after the final norm
     past_key_values: LatentCache | None = None
     hidden_states: tuple | None = None  # layers + 1 of (B, T, D), last_hidden_state the last
-    attentions: tuple | None = None  # (B, H, T, S) a layer, rows sum to 1
+    attentions: tuple | None = None  # (B, H, T, S) per layer, rows sum to 1
     routing: tuple | None = None  # a Routing for each MoE layer
     mtp_logits: tuple | None = None  # (B, T-k, vocab) for each depth k
     main_loss: Maybe = None  # the loss without the two below
@@ -821,8 +839,9 @@ class PreTrainedModel(nn.Module):
 
     def tie_weights(self, _loaded: Any = None) -> None:
         """Make the head the embedding, where the config says so; also after weights were exchanged."""
-        if self.config.tie_word_embeddings and isinstance(getattr(self, "lm_head", None), Linear):
-            self.lm_head.weight = self.model.embed_tokens.weight
+        head = getattr(self, "lm_head", None)
+        if self.config.tie_word_embeddings and type(head) is Linear:  # what is in its place is not ours to tie
+            head._parameters["weight"] = self.model.embed_tokens._parameters.get("weight", head.weight)
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -907,8 +926,8 @@ class DeepseekV3Model(PreTrainedModel):
         """Give tokens (B, T) or embeddings; attention_mask (B, S) is 0 at padding, on either side.
 
         With a cache the inputs are the new tokens only, and the cache remembers the mask. Without a
-        mask, position_ids (B or 1, T) that restart within a row separate packed documents. A mask of
-        shape (B or 1, 1, T, S), boolean or to be added to the scores, is used as it is.
+        mask, a position that is not the one before plus one begins another packed document. A mask of
+        shape (B or 1, 1, T, S), boolean or to be added to the scores, is used as it is, for this call.
         """
         check_inputs(input_ids, inputs_embeds, self.config)  # section 10, as all checks
         x = embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, D)
@@ -917,10 +936,10 @@ class DeepseekV3Model(PreTrainedModel):
         positions, documents = locate(attention_mask, position_ids, cache, x)
         context = self.context(positions, documents, attention_mask, cache)
         layers, results = self.layers[: self.config.num_hidden_layers], []
-        for layer in layers:
+        for context.layer, layer in enumerate(layers):
             x, attention, routing = self.run(layer, context, x, output_attentions=output_attentions)
             results.append((x if output_hidden_states else None, attention, routing))
-        last = self.norm(x.to(self.norm.weight.device)).to(embeds.device)  # (B, T, D)
+        last = self.norm(x.to(home(self.norm, x))).to(embeds.device)  # (B, T, D)
         if cache is not None:
             cache.advance(documents, x.shape[1])
         states, attentions, routings = zip(*results, strict=True)
@@ -940,11 +959,15 @@ class DeepseekV3Model(PreTrainedModel):
         cos, sin = self.rotary_emb(positions)  # (B or 1, T, 1, R/2), (B or 1, T, 1, R/2)
         return Context(cos, sin, visible(documents, given, T, S, positions.device), cache)
 
-    def run(self, layer: nn.Module, context: Context, *inputs: Tensor, **flags: bool) -> tuple:
+    def run(self, layer: nn.Module, context: Context, *inputs: Tensor, output_attentions: bool = False) -> tuple:
         """A layer, where its weights are; recomputed in backward if asked -> (B, T, D), …"""
-        device, recompute = next(layer.parameters(), inputs[0]).device, self.recompute and self.training
-        call = partial(checkpoint, layer, use_reentrant=False) if recompute else layer
-        return first_of(call(*(x.to(device) for x in inputs), context.to(device), **flags), 3)
+        device, call = home(layer, inputs[0]), layer
+        if self.recompute and self.training:
+            call = partial(checkpoint, layer, use_reentrant=False)
+            # Recomputed after a hook on softmax has gone, attention still has to take the same form.
+            softmax = getattr(getattr(layer, "self_attn", None), "softmax", nn.Softmax())
+            output_attentions = output_attentions or not is_plain(softmax, nn.Softmax)
+        return first_of(call(*(x.to(device) for x in inputs), context.to(device), output_attentions), 3)
 
 class DeepseekV3ForCausalLM(PreTrainedModel):
     """Language model: logits of the next token (B, T, vocab), and MTP modules that look further."""
@@ -997,8 +1020,8 @@ class DeepseekV3ForCausalLM(PreTrainedModel):
         positions, documents = locate(attention_mask, position_ids, None, embeds)
         given = attention_mask is not None and attention_mask.ndim == 4
         for k, block in enumerate(self.mtp_blocks[: T - 1], 1):
-            here, mask = None, attention_mask[..., k:, :-k] if given else None
-            if documents is not None:  # a row whose two tokens are of two documents is of none
+            here, mask = None, attention_mask[..., :-k, :-k] if given else None
+            if documents is not None:  # a row that would join two documents counts as padding
                 here = documents[:, :-k].where(documents[:, :-k] == documents[:, k:], 0)  # (B, T-k)
             context = self.model.context(positions[:, :-k], here, mask, None)
             hidden, _, routing = self.model.run(block, context, hidden[:, :-1], embeds[:, k:])  # (B, T-k, D)
@@ -1091,7 +1114,7 @@ def shifted_cross_entropy(logits: Tensor, labels: Tensor, shift: int, documents:
 
 def causal_losses(model: PreTrainedModel, out: ModelOutput, labels: Tensor, count: Any) -> None:
     """Cross-entropy, MTP loss and their weighted sum with the balance loss, into `out`."""
-    check_labels(labels, out.logits.shape[:2], model.config.vocab_size)
+    check_labels(labels, out.logits.shape[:2], model.config.vocab_size, count)
     out.loss = out.main_loss = shifted_cross_entropy(out.logits, labels, 1, out.documents, count)
     if out.mtp_logits is not None:
         by_depth = enumerate(out.mtp_logits, 1)
@@ -1100,7 +1123,7 @@ def causal_losses(model: PreTrainedModel, out: ModelOutput, labels: Tensor, coun
         out.mtp_loss = sum(losses) / len(losses)  # Eq. 25, λ below
         if model.training:
             out.loss = out.loss + model.config.mtp_loss_weight * out.mtp_loss
-    add_balance_loss(model, out, labels, count)
+    add_balance_loss(model, out, labels[:, 1:], count)
 
 def add_balance_loss(model: PreTrainedModel, out: ModelOutput, labels: Tensor, count: Any) -> None:
     """Add α · balance loss: the mean over rows or, of a part of a batch, each row by its labels."""
@@ -1117,7 +1140,7 @@ def classification_loss(model: PreTrainedModel, out: ModelOutput, labels: Tensor
     (num_labels 1), or floats (B, num_labels) where several labels may hold at once.
     """
     logits = upcast(out.logits)
-    check_classes(labels, logits)
+    check_classes(labels, logits, count)
     if logits.ndim == 3:
         out.main_loss = shifted_cross_entropy(logits, labels, 0, None, count)
     elif model.config.num_labels == 1:
@@ -1157,7 +1180,8 @@ def balance(layers: nn.ModuleList | list, routings: tuple | list, documents: May
             continue
         scores, indices = routing.scores.to(loss.device), routing.indices.to(loss.device)
         visits = torch.ones_like(indices) if mask is None else mask.long().unsqueeze(-1).expand_as(indices)
-        gate.load = gate.load.to(loss.device).scatter_add(0, indices.flatten(), visits.flatten())  # (E)
+        if torch.compiler.is_compiling() or not is_traced(indices):  # torch.func wants no side effects
+            gate.load = gate.load.to(loss.device).scatter_add(0, indices.flatten(), visits.flatten())  # (E)
         loss = loss + balance_loss(scores, gate.K, mask)
     return loss
 
@@ -1254,7 +1278,7 @@ def check_context(model: DeepseekV3Model, x: Tensor, attention_mask: Any, positi
         check_tensor("attention_mask", attention_mask, MASKS, (B, length), *wide)
         if attention_mask.ndim == 4:
             check_tensor("attention_mask", attention_mask, (torch.bool, *FLOATS), *wide)
-        elif attention_mask.is_cpu and not ((attention_mask == 0) | (attention_mask == 1)).all():
+        elif attention_mask.is_cpu and not is_traced(attention_mask) and not ((attention_mask == 0) | (attention_mask == 1)).all():
             raise ValueError("attention_mask: must hold nothing but 0 (padding) and 1")
     if position_ids is not None:
         check_tensor("position_ids", position_ids, IDS, (B, T), (1, T))
@@ -1271,27 +1295,29 @@ def check_request(labels: Any, logits_to_keep: Any, output_mtp: bool, past: int)
 
 def check_ids(name: str, ids: Tensor, vocab: int, ignored: int | None = None) -> None:
     """ValueError if a token or label id is outside the vocabulary (on a GPU its own check speaks)."""
-    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+    if ids.device.type != "cpu" or is_traced(ids):
         return
     ids = ids if ignored is None else ids[ids != ignored]
     low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
     if low < 0 or high >= vocab:
         raise ValueError(f"{name} hold {low if low < 0 else high}: must lie in 0..{vocab - 1}")
 
-def check_labels(labels: Any, shape: tuple, classes: int) -> None:
+def check_labels(labels: Any, shape: tuple, classes: int, count: Any = None) -> None:
     """ValueError unless labels are ids of that shape, each of a class, or -100 to be ignored."""
+    if not isinstance(count, Tensor | None) and not (isinstance(count, int) and count > 0):
+        raise ValueError(f"num_items_in_batch={count!r}: must be a whole number above 0, or a tensor")
     if not torch.compiler.is_compiling():
         check_tensor("labels", labels, (torch.int64,), tuple(shape))
         check_ids("labels", labels, classes, ignored=-100)
 
-def check_classes(labels: Any, logits: Tensor) -> None:
+def check_classes(labels: Any, logits: Tensor, count: Any) -> None:
     """ValueError unless labels are what classification_loss takes with these logits."""
     (B, *_), classes, tensor = logits.shape, logits.shape[-1], isinstance(labels, Tensor)
     if logits.ndim == 2 and tensor and (classes == 1 or labels.is_floating_point()):
         check_tensor("labels", labels, (*FLOATS, *IDS), (B, classes), *([(B,)] if classes == 1 else []))
     else:
         flat = tensor and logits.ndim == 2
-        check_labels(labels.flatten() if flat else labels, logits.shape[:-1], classes)
+        check_labels(labels.flatten() if flat else labels, logits.shape[:-1], classes, count)
 
 # ---- 11. Generation -----------------------------------------------------------------------------
 
@@ -1375,7 +1401,7 @@ def stop_ids(config: DeepseekV3Config, eos_token_id: int | list[int] | None) -> 
     return [] if -1 in ids else list(ids)
 
 class Continuation:
-    """What each row has gained, up to `most` tokens; a column is made once every row has it."""
+    """The tokens that each row has gained, up to `most`; a column is emitted once all rows reach it."""
 
     def __init__(
         self, config: DeepseekV3Config, rows: int, most: int, eos_token_id: int | list[int] | None,
@@ -1487,8 +1513,8 @@ def decode(
         if all(text.finished):
             return
         if drafts.shape[1]:
-            # Rows that accept less than others keep holes in the cache. A step takes as many slots as
-            # its best row gains tokens: in all at most min(B, drafts + 1) for each token of a row.
+            # Rejected slots stay in the cache as masked holes. Each step takes as many slots as its
+            # best row gains tokens, so a row holds at most min(B, drafts + 1) slots per token.
             last = accepted.masked_fill(torch.tensor(text.finished, device=last.device), 0)  # (B)
             stands = torch.arange(int(last.max()) + 1, device=last.device) <= last.unsqueeze(1)
             known = torch.cat([known, stands], 1)
@@ -1519,6 +1545,8 @@ def generate(
 ) -> Tensor:  # fmt: skip
     """DeepseekV3ForCausalLM.generate, whose settings come checked and grouped by what they are for."""
     check_inputs(input_ids, None, model.config)
+    if attention_mask is not None:
+        check_tensor("attention_mask", attention_mask, MASKS, tuple(input_ids.shape))
     if type(max_new_tokens) is not int or max_new_tokens < 0:
         raise ValueError(f"{max_new_tokens=}: must be a whole number, 0 or more")
     text = Continuation(model.config, len(input_ids), max_new_tokens, eos_token_id, *sinks)
@@ -1544,27 +1572,29 @@ def drafts_per_step(model: DeepseekV3ForCausalLM, use_mtp: bool, num_draft_token
 FIXED_KEYS = {"model_type": "deepseek_v3", "hidden_act": "silu", "attention_dropout": 0.0}
 FIXED_KEYS |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 
+def require(holds, otherwise):
+    """ValueError that says what is wrong, unless it `holds`."""
+    if not holds:
+        raise ValueError(otherwise)
+
 def config_values(given):
     """The fields of a config and `extra`, from keywords in any of the spellings in use."""
     values = {field.name: field.default for field in dataclasses.fields(DeepseekV3Config)}
-    whole_file = "model_type" in given
-    values |= {"num_nextn_predict_layers": 0} if whole_file else {"rope_scaling": dict(YARN_V3)}
+    values |= {"num_nextn_predict_layers": 0} if "model_type" in given else {"rope_scaling": dict(YARN_V3)}
     if "rope_parameters" in given:  # transformers 5 has both RoPE settings in one dict
         rope = given.pop("rope_parameters") or {}
-        if not isinstance(rope, dict):
-            raise ValueError(f"rope_parameters={rope!r}: must be a dict")
-        yarn = {key: value for key, value in rope.items() if key != "rope_theta"}
-        given |= {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": yarn or None}
+        require(isinstance(rope, dict), f"rope_parameters={rope!r}: must be a dict")
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        given |= {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": scaling or None}
     if "num_mtp_layers" in given:  # transformers' name
         given["num_nextn_predict_layers"] = given.pop("num_mtp_layers")
-    if "num_labels" not in given and isinstance(given.get("id2label"), dict):
-        given["num_labels"] = len(given["id2label"])
+    if isinstance(given.get("id2label"), dict):
+        values["num_labels"] = len(given["id2label"])
     if given.get("num_key_value_heads") is None:
-        heads = given.get("num_attention_heads", values["num_attention_heads"])
-        given["num_key_value_heads"] = heads
+        given["num_key_value_heads"] = given.get("num_attention_heads", values["num_attention_heads"])
     values = {name: given.pop(name, default) for name, default in values.items()}
-    rope = values["rope_scaling"]
-    if isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) == "default":
+    scaling = values["rope_scaling"]
+    if isinstance(scaling, dict) and scaling.get("rope_type", scaling.get("type")) == "default":
         values["rope_scaling"] = None
     return values | {"extra": given}
 
@@ -1576,29 +1606,28 @@ def load_config(cls, path, overrides):
 
 def check_config(config):
     """ValueError for a config that cannot work, naming field, value and what would be right."""
-
-    def require(name, holds, right):
-        if not holds:
-            value = getattr(config, name) if hasattr(config, name) else config.extra[name]
-            raise ValueError(f"{name}={value!r}: must be {right}")
-
     for field in dataclasses.fields(config):
-        check_field(field.name, field.type, getattr(config, field.name), require)
-    heads, G, per_group = config.num_attention_heads, config.n_group, config.n_routed_experts // config.n_group
-    reach = config.topk_group * per_group
-    require("num_key_value_heads", config.num_key_value_heads == heads, f"{heads}, as other heads")
-    require("qk_rope_head_dim", config.qk_rope_head_dim % 2 == 0, "even: RoPE turns pairs")
-    require("n_routed_experts", config.n_routed_experts % G == 0, f"divisible by n_group={G}")
-    require("n_group", G == 1 or per_group >= 2, "1, or leave 2 experts or more per group")
-    require("topk_group", config.topk_group <= G, f"at most n_group={G}")
-    require("num_experts_per_tok", config.num_experts_per_tok <= reach, f"at most {reach}")
-    require("rope_theta", config.rope_theta > 1, "above 1")
-    for name, only in (FIXED_KEYS | {"moe_layer_freq": 1, "rope_interleave": True}).items():
-        allowed = (only, "kimi_k2") if name == "model_type" else (only,)
-        require(name, config.extra.get(name, only) in allowed, f"{only!r}, as in this whole family")
+        check_field(field.name, field.type, getattr(config, field.name))
+    heads, E, G = config.num_attention_heads, config.n_routed_experts, config.n_group
+    reach = config.topk_group * (E // G)
     fp8 = config.extra.get("quantization_config") or QUANTIZATION
     released = isinstance(fp8, dict) and QUANTIZATION.items() <= (QUANTIZATION | fp8).items()
-    require("quantization_config", released, f"as released, {QUANTIZATION}")
+    rules = {
+        "num_key_value_heads": (config.num_key_value_heads == heads, f"{heads}, as other heads"),
+        "qk_rope_head_dim": (config.qk_rope_head_dim % 2 == 0, "even: RoPE turns pairs"),
+        "n_routed_experts": (E % G == 0, f"divisible by n_group={G}"),
+        "n_group": (G == 1 or E // G >= 2, "1, or leave 2 experts or more per group"),
+        "topk_group": (config.topk_group <= G, f"at most n_group={G}"),
+        "num_experts_per_tok": (config.num_experts_per_tok <= reach, f"at most {reach}"),
+        "rope_theta": (config.rope_theta > 1, "above 1"),
+        "quantization_config": (released, f"as released, {QUANTIZATION}"),
+    }
+    for name, only in (FIXED_KEYS | {"moe_layer_freq": 1, "rope_interleave": True}).items():
+        allowed = (only, "kimi_k2") if name == "model_type" else (only,)
+        rules[name] = config.extra.get(name, only) in allowed, f"{only!r}, as in this whole family"
+    values = vars(config) | config.extra
+    for name, (holds, right) in rules.items():
+        require(holds, f"{name}={values.get(name)!r}: must be {right}")
     if config.rope_scaling is not None:
         check_yarn(config.rope_scaling)
 
@@ -1606,36 +1635,37 @@ LARGEST = 10**6  # of whole numbers: sizes beyond it overflow in torch
 MAY_BE_ZERO = ("num_nextn_predict_layers", "first_k_dense_replace", "n_shared_experts")
 MAY_BE_ZERO += ("initializer_range", "mtp_loss_weight", "balance_loss_weight")
 
-def check_field(name, kind, value, require):
+def check_field(name, kind, value):
     """The type and the bounds of one field."""
-    boolean = isinstance(value, bool)
-    require(name, isinstance(value, kind) and boolean == (kind is bool), getattr(kind, "__name__", kind))
+    given, boolean = f"{name}={value!r}: must be", isinstance(value, bool)
+    fits = isinstance(value, kind) and boolean == (kind is bool)
+    require(fits, f"{given} {getattr(kind, '__name__', kind)}")
     if name.endswith("token_id"):
         ids = value if isinstance(value, list) else [] if value is None else [value]
         valid = all(type(token) is int and -1 <= token < 2**31 for token in ids)
-        require(name, valid, "a token id or None, eos_token_id also a list of them")
+        require(valid, f"{given} a token id or None, eos_token_id also a list of them")
     elif isinstance(value, int | float) and not boolean:
         zero, whole = name in MAY_BE_ZERO, kind != int | float and name != "max_position_embeddings"
-        require(name, value > 0 or zero and value == 0, "0 or more" if zero else "above 0")
-        require(name, value <= (LARGEST if whole else 1e12), f"at most {LARGEST if whole else 1e12:,.0f}")
+        require(value > 0 or zero and value == 0, f"{given} {'0 or more' if zero else 'above 0'}")
+        most = LARGEST if whole else 1e12
+        require(value <= most, f"{given} at most {most:,.0f}")
 
-def check_yarn(yarn):
-    """ValueError for YaRN settings that cannot work."""
-    if yarn.get("rope_type", yarn.get("type")) != "yarn":
-        raise ValueError(f"rope_scaling={yarn!r}: its type must be 'yarn' or 'default'")
-    if not yarn.get("truncate", True):
-        raise ValueError("rope_scaling['truncate']=False: must be true, as in this whole family")
+def check_yarn(scaling):
+    """ValueError for YaRN settings that cannot work; all but two may be left open, as None or 0."""
+    kind = scaling.get("rope_type", scaling.get("type"))
+    require(kind == "yarn", f"rope_scaling={scaling!r}: its type must be 'yarn' or 'default'")
+    require(scaling.get("truncate", True), "rope_scaling['truncate']=False: must be true, as in this family")
     needed = ("factor", "original_max_position_embeddings")
     for key in (*needed, "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"):
-        value = yarn.get(key)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (number and 1e-6 <= value <= 1e9) and (key in needed or value not in (None, 0)):
-            raise ValueError(f"rope_scaling[{key!r}]={value!r}: must be a number in 1e-6..1e9")
+        value = scaling.get(key)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and 1e-6 <= value <= 1e9
+        left_open = key not in needed and value in (None, 0)
+        require(number or left_open, f"rope_scaling[{key!r}]={value!r}: must be a number in 1e-6..1e9")
 
 def as_path(directory):
     """A Path; ValueError for what names no folder."""
-    if not isinstance(directory, str | os.PathLike) or str(directory) == "":
-        raise ValueError(f"directory={directory!r}: must be the path of a folder")
+    names = isinstance(directory, str | os.PathLike) and str(directory) != ""
+    require(names, f"directory={directory!r}: must be the path of a folder")
     return Path(directory)
 
 def read_json(path):
@@ -1646,8 +1676,7 @@ def read_json(path):
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds {type(content).__name__}, must be a JSON object")
+    require(isinstance(content, dict), f"{path}: holds {type(content).__name__}, must be a JSON object")
     return content
 
 def write_json(path, content):
@@ -1692,16 +1721,16 @@ class Checkpoint:
     """The tensors of a folder by name; a file is opened when something in it is asked for."""
 
     def __init__(self, directory):
-        self.directory, self.headers, self.newest = as_path(directory), {}, (None, None)
+        self.directory, self.found, self.newest = as_path(directory), {}, (None, None)
         if os.path.isfile(self.directory / SINGLE):  # it goes before an index, as in transformers
-            self.files, metadata = dict.fromkeys(self.open(SINGLE).keys(), SINGLE), self.open(SINGLE).metadata()
+            whole = self.open(SINGLE)
+            self.files, metadata = dict.fromkeys(whole.keys(), SINGLE), whole.metadata()
         elif os.path.isfile(self.directory / INDEX):
             index = read_json(self.directory / INDEX)
             self.files, metadata = index.get("weight_map"), index.get("metadata")
             for name, file in self.files.items() if isinstance(self.files, dict) else [("", None)]:
-                if not re.fullmatch(SHARD, str(file)):
-                    what = f"{self.directory / INDEX}: weight_map[{name!r}]={file!r}"
-                    raise ValueError(f"{what}: must be a .safetensors file beside it")
+                what = f"{self.directory / INDEX}: weight_map[{name!r}]={file!r}"
+                require(re.fullmatch(SHARD, str(file)), f"{what}: must be a .safetensors file beside it")
         else:
             raise FileNotFoundError(f"{directory}: no {SINGLE}, no {INDEX} (pickles are not read)")
         # A save that was cut off at its very end left its config under the name that the weights give.
@@ -1712,10 +1741,10 @@ class Checkpoint:
 
     def open(self, file):
         """A file. Only the newest stays open, since its pages stay in memory as long as it does."""
-        path = self.directory / file
-        if self.newest[0] != file and not os.path.isfile(path):
-            raise FileNotFoundError(f"{path}: no such file")
         if self.newest[0] != file:
+            path = self.directory / file
+            if not os.path.isfile(path):
+                raise FileNotFoundError(f"{path}: no such file")
             try:
                 self.newest = file, safe_open(path, framework="pt")  # checks names, sizes and offsets
             except (SafetensorError, OSError) as error:
@@ -1724,15 +1753,15 @@ class Checkpoint:
 
     def find(self, name):
         """Dtype and shape of a tensor; ValueError if its file and the index disagree."""
-        file = self.files[name]
-        if file not in self.headers:
-            header = {each: self.open(file).get_slice(each) for each in self.open(file).keys()}  # noqa: SIM118
-            listed = {each for each, place in self.files.items() if place == file}
-            for odd in sorted(header.keys() ^ listed):
-                raise ValueError(f"{self.directory / file}: {INDEX} disagrees with it about {odd}")
-            self.headers[file] = {each: (part.get_dtype(), tuple(part.get_shape())) for each, part in header.items()}
-        kind, shape = self.headers[file][name]
-        return KINDS.get(kind, kind), shape
+        if name not in self.found:
+            file, place = self.open(self.files[name]), self.files[name]
+            listed = {each for each, where in self.files.items() if where == place}
+            for odd in sorted(listed ^ set(file.keys())):
+                raise ValueError(f"{self.directory / place}: {INDEX} disagrees with it about {odd}")
+            for each in listed:
+                kind, shape = file.get_slice(each).get_dtype(), file.get_slice(each).get_shape()
+                self.found[each] = KINDS.get(kind, kind), tuple(shape)
+        return self.found[name]
 
     def read(self, name):
         """A tensor, its numbers still in the file that it is of."""
@@ -1740,15 +1769,14 @@ class Checkpoint:
 
     def copy_to(self, name, weight, scale):
         """Fill `weight` with a tensor, and `scale` with its scales; without `scale`, FP8 is dequantised."""
-        given, scales = self.read(name), None
+        given = self.read(name)
         if given.dtype == FP8:
             scales = self.read(name + SCALE).to(weight.device).float()
-            if not scales.isfinite().all():
-                raise ValueError(f"{name + SCALE}: holds a NaN or an infinity")
-        if scale is not None:
-            scale.copy_(scales)
-        elif scales is not None:
-            given = dequantise(given.to(weight.device), scales, weight.dtype)
+            require(scales.isfinite().all(), f"{name + SCALE}: holds a NaN or an infinity")
+            if scale is None:
+                given = dequantise(given.to(weight.device), scales, weight.dtype)
+            else:
+                scale.copy_(scales)
         weight.copy_(given)
 
 def owner(model, name):
@@ -1766,96 +1794,73 @@ def released_names(model, depth=None):
     A stack of experts is one tensor for each; any other parameter is one whole tensor, `...`.
     `depth`: decoder layers of the checkpoint, if the model has only the first of them.
     """
+    names, kept = {}, model.config.num_hidden_layers
     prefix = "model." if isinstance(model, DeepseekV3Model) else ""
-    kept = model.config.num_hidden_layers
     biases = [item for item in model.named_buffers() if item[0].endswith("e_score_correction_bias")]
-    names = {}
     for name, tensor in (*model.named_parameters(), *biases):
-        parts = (prefix + name).split(".")
-        if depth and parts[1] == "layers" and int(parts[2]) >= kept:
-            parts[2] = str(int(parts[2]) + depth - kept)  # an MTP module
+        *path, leaf = (prefix + name).split(".")
+        if path[1:2] == ["layers"] and int(path[2]) >= kept:  # an MTP module: it stands behind all layers
+            path[2] = str(int(path[2]) + (depth or kept) - kept)
         if not name.endswith(SCALE):
-            head, leaf, experts = ".".join(parts[:-1]), parts[-1], range(len(tensor))
-            stack = {f"{head}.{e}.{leaf}.weight": e for e in experts} if tensor.ndim == 3 else {}
-            names[name] = stack or {f"{head}.{leaf}": ...}
+            head, experts = ".".join(path), range(len(tensor) if tensor.ndim == 3 else 0)
+            names[name] = {f"{head}.{e}.{leaf}.weight": e for e in experts} or {f"{head}.{leaf}": ...}
     return names
 
 def mtp_copies(model, depth=None):
     """{name: name} of the embedding and head that a checkpoint repeats in each MTP module."""
-    blocks = getattr(model, "mtp_blocks", ())
-    first = depth or model.config.num_hidden_layers
+    copies, first = {}, depth or model.config.num_hidden_layers
     head = "model.embed_tokens.weight" if model.config.tie_word_embeddings else "lm_head.weight"
-    copies = {}
-    for layer in range(first, first + len(blocks)):
+    for layer in range(first, first + len(getattr(model, "mtp_blocks", ()))):
         copies[f"model.layers.{layer}.embed_tokens.weight"] = "model.embed_tokens.weight"
         copies[f"model.layers.{layer}.shared_head.head.weight"] = head
     return copies
 
 def load_pretrained(cls, directory, device_map, dtype, num_hidden_layers, max_memory, overrides):
     """PreTrainedModel.from_pretrained: names and shapes are checked before anything is loaded."""
-    check_loading(dtype, overrides)
+    kinds = (None, torch.bfloat16, torch.float32, torch.float64)
+    require(dtype in kinds, f"{dtype=}: must be None, torch.bfloat16, float32 or float64")
     stored = Checkpoint(directory)
     whole = DeepseekV3Config.from_pretrained(stored.config_file)
-    config = DeepseekV3Config(**(whole.to_dict() | overrides))
-    slice_config(config, stored, num_hidden_layers, issubclass(cls, DeepseekV3ForCausalLM))
     with torch.device("meta"):
-        model = cls(config)
+        model = cls(config_to_load(cls, stored, whole, dtype, num_hidden_layers, overrides))
     sources = released_names(model, whole.num_hidden_layers)
     check_coverage(model, stored, sources, whole)
     check_copies(stored, mtp_copies(model, whole.num_hidden_layers))
     kinds = held_kinds(model, sources, stored, dtype)
     sizes = {name: held_bytes(find_tensor(model, name), kind) for name, kind in kinds.items()}
     devices = assign_devices(model, sizes, device_map, max_memory)
-    look = dict(desc="loading", unit="B", unit_scale=True, disable=None)  # silent without a terminal
-    with tqdm(total=sum(sizes.values()), **look) as bar:
-        for name, pieces in sources.items():
-            weight, scale = hold(model, name, kinds[name], devices[name])
-            for piece, part in pieces.items():
-                if piece in stored.files:
-                    stored.copy_to(piece, weight[part], None if scale is None else scale[part])
-                else:  # a new head
-                    weight.normal_(0, config.initializer_range if weight.ndim > 1 else 0)
-            bar.update(sizes[name])
+    for name, pieces in tqdm(sources.items(), desc="loading", disable=None):  # silent without a terminal
+        weight, scale = hold(model, name, kinds[name], devices[name])
+        for piece, part in pieces.items():
+            if piece in stored.files:
+                stored.copy_to(piece, weight[part], None if scale is None else scale[part])
+            else:  # a new head
+                weight.normal_(0, model.config.initializer_range if weight.ndim > 1 else 0)
     model.tie_weights()
     trunk = getattr(model, "model", model)  # makes positions, and so angles, where its embedding is
     trunk.rotary_emb.to(trunk.embed_tokens.weight.device)
-    if dtype is not None:
-        config.extra.pop("quantization_config", None)
     return model.eval()
 
-def check_loading(dtype, overrides):
-    """ValueError for a dtype or a keyword that from_pretrained does not know."""
-    if dtype not in (None, *KINDS.values()) or dtype == FP8:
-        raise ValueError(f"{dtype=}: must be None, torch.bfloat16, float32 or float64")
-    fields = {field.name for field in dataclasses.fields(DeepseekV3Config)}
-    for name in overrides.keys() - fields:
+def config_to_load(cls, stored, whole, dtype, kept, overrides):
+    """The stored config with `overrides`, cut to `kept` layers and to the MTP modules that are there."""
+    for name in overrides.keys() - DeepseekV3Config.__dataclass_fields__.keys():
         hint = "use dtype" if name == "torch_dtype" else "no argument, and no field of the config"
         raise ValueError(f"from_pretrained({name}=…): {hint}")
-
-def hold(model, name, kind, device):
-    """Give a parameter or buffer memory of its own -> it, to be filled, and its scales or None."""
-    module, leaf = owner(model, name)
-    shape = getattr(module, leaf).shape
-    weight, scale = torch.empty(shape, dtype=kind, device=device), None
-    if kind == FP8:
-        scale = torch.empty(*shape[:-2], *blocks_of(shape[-2:]), dtype=torch.float32, device=device)
-        setattr(module, leaf + SCALE, nn.Parameter(scale, requires_grad=False))
-    trained = leaf in module._parameters
-    setattr(module, leaf, nn.Parameter(weight, requires_grad=kind != FP8) if trained else weight)
-    return weight, scale
-
-def slice_config(config, stored, kept, causal):
-    """Cut a config to `kept` layers, if asked for, and to the MTP modules that are there."""
+    config = DeepseekV3Config(**(whole.to_dict() | overrides))
     depth, mtp = config.num_hidden_layers, config.num_nextn_predict_layers
-    if kept is not None and not (type(kept) is int and 1 <= kept <= depth):
-        raise ValueError(f"num_hidden_layers={kept!r}: must be in 1..{depth}, as stored")
-    if kept is not None and config.first_k_dense_replace <= depth:  # MTP modules keep experts
-        config.first_k_dense_replace = min(config.first_k_dense_replace, kept)
+    possible = kept is None or type(kept) is int and 1 <= kept <= depth
+    require(possible, f"num_hidden_layers={kept!r}: must be in 1..{depth}, as stored")
     config.num_hidden_layers = kept or depth
+    if config.first_k_dense_replace <= depth:  # MTP modules keep experts
+        config.first_k_dense_replace = min(config.first_k_dense_replace, config.num_hidden_layers)
     mtp_layers = tuple(f"model.layers.{depth + k}." for k in range(mtp))
+    causal = issubclass(cls, DeepseekV3ForCausalLM)
     if mtp and causal and not any(name.startswith(mtp_layers) for name in stored.files):
-        warnings.warn(f"{stored.directory}: announces MTP modules, but holds none", stacklevel=3)
+        warnings.warn(f"{stored.directory}: announces MTP modules, but holds none", stacklevel=4)
         config.num_nextn_predict_layers = 0
+    if dtype is not None:
+        config.extra.pop("quantization_config", None)
+    return config
 
 def check_coverage(model, stored, sources, whole):
     """ValueError unless every tensor of the model is stored, in its shape, and nothing else is."""
@@ -1869,11 +1874,10 @@ def check_coverage(model, stored, sources, whole):
     in_fp8 = (name for name in wanted if name in stored.files and stored.find(name)[0] == FP8)
     scales = {name + SCALE: blocks_of(wanted[name]) for name in in_fp8 if len(wanted[name]) > 1}
     for name, shape in (wanted | scales).items():
-        if name not in stored.files:
+        kind, found = stored.find(name) if name in stored.files else (None, None)
+        if kind is None:
             wrong.append(f"{name}: missing")
-            continue
-        kind, found = stored.find(name)
-        if kind not in KINDS.values() or kind == FP8 and name + SCALE not in scales:
+        elif kind not in KINDS.values() or kind == FP8 and name + SCALE not in scales:
             wrong.append(f"{name}: {kind}, must be BF16, F32, F64 or, a matrix, F8_E4M3")
         elif found != shape:
             wrong.append(f"{name}: of shape {found}, must be {shape}")
@@ -1910,6 +1914,17 @@ def held_bytes(tensor, kind):
     scales = tensor.shape[:-2].numel() * math.prod(blocks_of(tensor.shape[-2:]))
     return tensor.numel() * kind.itemsize + (4 * scales if kind == FP8 else 0)
 
+def hold(model, name, kind, device):
+    """Give a parameter or buffer memory of its own -> it, to be filled, and its scales or None."""
+    module, leaf = owner(model, name)
+    shape, trained = getattr(module, leaf).shape, leaf in module._parameters
+    weight, scale = torch.empty(shape, dtype=kind, device=device), None
+    if kind == FP8:
+        scale = torch.empty(*shape[:-2], *blocks_of(shape[-2:]), dtype=torch.float32, device=device)
+        setattr(module, leaf + SCALE, nn.Parameter(scale, requires_grad=False))
+    setattr(module, leaf, nn.Parameter(weight, requires_grad=kind != FP8) if trained else weight)
+    return weight, scale
+
 def unit_of(name):
     """What is placed as a whole: a layer, or the module that a parameter outside of layers is in."""
     return re.match(r"(?:model\.)?layers\.\d+|.*(?=\.)", name)[0]
@@ -1918,8 +1933,8 @@ def assign_devices(model, sizes, device_map, max_memory):
     """{tensor name: device} by the rules of from_pretrained."""
     if device_map in ("auto", "balanced", "sequential"):
         units, work = unit_sizes(model, sizes)
-        room = {device: size - work for device, size in free_memory(max_memory).items()}
-        device_map = plan_devices(units, room, device_map != "sequential")
+        left = {device: size - work for device, size in free_memory(max_memory).items()}
+        device_map = plan_devices(units, left, device_map != "sequential")
     elif not isinstance(device_map, dict):
         device_map = {"": "cpu" if device_map is None else device_map}
     for path in device_map.keys() - dict(model.named_modules()).keys() - sizes.keys():
@@ -1927,22 +1942,21 @@ def assign_devices(model, sizes, device_map, max_memory):
     devices, homes = {}, {}
     for name in sizes:
         covering = [path for path in device_map if not path or f"{name}.".startswith(f"{path}.")]
-        if not covering:
-            raise ValueError(f"device_map: no path in it covers {name}")
+        require(covering, f"device_map: no path in it covers {name}")
         devices[name] = parse_device(device_map[max(covering, key=len)])
         unit, home = unit_of(name), devices[name]
-        if homes.setdefault(unit, home) != home:
-            raise ValueError(f"device_map: {unit} would be split over {homes[unit]} and {home}")
+        whole = homes.setdefault(unit, home) == home
+        require(whole, f"device_map: {unit} would be split over {homes[unit]} and {home}")
     return devices
 
 def parse_device(device, asked_by="device_map"):
     """A torch.device; ValueError if there is no such device."""
     try:
         device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise RuntimeError(f"there are {torch.cuda.device_count()} GPUs")
-        if device.type != "cuda":  # which this would start
+        if device.type != "cuda":
             torch.empty(0, device=device)
+        elif (device.index or 0) >= torch.cuda.device_count():  # asked without starting CUDA
+            raise RuntimeError(f"there are {torch.cuda.device_count()} GPUs")
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
         why = str(error).split("\n")[0]
         raise ValueError(f"{asked_by}: {device} is no device here ({why})") from None
@@ -1954,50 +1968,48 @@ def memory_size():
 
 def free_memory(max_memory):
     """{device: bytes to use}: as given, or what GPUs and memory have free."""
-    if not isinstance(max_memory, dict | None):
-        raise ValueError(f"{max_memory=}: must be a dict, like {{0: '141GB', 'cpu': '64GB'}}")
     if max_memory is not None:
+        right = "must be a dict, like {0: '141GB', 'cpu': '64GB'}"
+        require(isinstance(max_memory, dict), f"{max_memory=}: {right}")
         return {device: parse_size("max_memory", size) for device, size in max_memory.items()}
-    gpus = range(torch.cuda.device_count())
-    room = {i: torch.cuda.mem_get_info(i)[0] * 9 // 10 for i in gpus}  # a tenth for activations
-    return room | {"cpu": memory_size() * 8 // 10}
+    gpus = range(torch.cuda.device_count())  # a tenth of each is for activations
+    return {i: torch.cuda.mem_get_info(i)[0] * 9 // 10 for i in gpus} | {"cpu": memory_size() * 8 // 10}
 
 def unit_sizes(model, sizes):
     """Bytes of each unit, a layer's with a cache of full length, and what dequantising takes beside."""
     cache = 2 * (model.config.kv_lora_rank + model.config.qk_rope_head_dim)
-    units, matrices = {}, [0]
+    units, largest = {}, 0
     for name, size in sizes.items():
         unit, tensor = unit_of(name), find_tensor(model, name)
         full_cache = cache * model.config.max_position_embeddings * ("layers." in unit)
         units[unit] = units.get(unit, full_cache) + size
-        matrices += [tensor.shape[-2:].numel()] * released_in_fp8(name, tensor)
+        if released_in_fp8(name, tensor):
+            largest = max(largest, tensor.shape[-2:].numel())
     # Weight and scales of one matrix in float32, and the result: 10 bytes a number for a moment.
-    return units, 10 * max(matrices)
+    return units, 10 * largest
 
 def plan_devices(sizes, room, balanced=True):
     """{path: device} from {path: bytes} and {device: bytes}, in order; the CPU comes last.
 
     Balanced: the fullest GPU is as empty as it can be. Otherwise a GPU is filled before the next.
     """
-    cpu = {device: size for device, size in room.items() if device == "cpu"}
-    gpus = {device: size for device, size in room.items() if device != "cpu"}
+    gpus = [device for device in room if device != "cpu"]
 
-    def fill(cap, others):
-        devices = iter([*((device, min(size, cap)) for device, size in gpus.items()), *others.items()])
-        device, left, plan = "", -1, {}
+    def fill(cap, devices):
+        left = {device: min(size, cap if device in gpus else size) for device, size in room.items()}
+        left, queue, plan = left | {None: math.inf}, [*devices, None], {}  # None: behind the last
         for path, size in sizes.items():
-            while device is not None and size > left:
-                device, left = next(devices, (None, 0))
-            plan[path] = device
-            left -= size
+            while size > left[queue[0]]:
+                queue.pop(0)
+            plan[path] = queue[0]
+            left[queue[0]] -= size
         return plan
 
-    cap = max(gpus.values(), default=0)
+    cap = max((room[gpu] for gpu in gpus), default=0)
     if balanced:  # the smallest that is enough without the CPU, if there is one
-        cap = bisect_left(range(cap), True, key=lambda cap: None not in fill(cap, {}).values())
-    plan = fill(cap, cpu)
-    if None in plan.values():
-        raise ValueError(f"{sum(sizes.values()):,} bytes do not fit in {room}: add more")
+        cap = bisect_left(range(cap), True, key=lambda least: None not in fill(least, gpus).values())
+    plan = fill(cap, [*gpus, *(room.keys() & {"cpu"})])
+    require(None not in plan.values(), f"{sum(sizes.values()):,} bytes do not fit in {room}: add more")
     return plan
 
 def stored_tensors(model, quantize):
@@ -2011,31 +2023,30 @@ def stored_tensors(model, quantize):
             one, its_scale = weight[part], None if scale is None else scale.detach()[part]
             if to_fp8:
                 one, its_scale = quantise(one)
-                if not its_scale.isfinite().all():
-                    raise ValueError(f"{piece}: holds a NaN or an infinity, which FP8 blocks cannot")
             yield piece, one.contiguous()
             if its_scale is not None:
+                finite = its_scale.isfinite().all()
+                require(finite, f"{piece}: holds a NaN or an infinity, which FP8 blocks cannot")
                 yield piece + SCALE, its_scale.contiguous()
         yield from ((double, weight.clone()) for double, of in copies.items() if of in pieces)
 
 def in_shards(tensors, limit):
     """Dicts of tensors, of at most `limit` bytes or of one tensor."""
-    shard, size = {}, 0
+    held, size = {}, 0
     for name, tensor in tensors:
-        if shard and size + tensor.nbytes > limit:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor
+        if held and size + tensor.nbytes > limit:
+            yield held
+            held, size = {}, 0
+        held[name] = tensor
         size += tensor.nbytes
-    yield shard
+    yield held
 
 def save_pretrained(model, directory, max_shard_size, quantize):
     """PreTrainedModel.save_pretrained: new files get names of their own, and count from one renaming on."""
     limit, directory = parse_size("max_shard_size", max_shard_size), as_path(directory)
-    if quantize not in (None, "fp8"):
-        raise ValueError(f"{quantize=}: must be None or 'fp8'")
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError("a model on the meta device has no numbers to save")
+    require(quantize in (None, "fp8"), f"{quantize=}: must be None or 'fp8'")
+    on_meta = any(parameter.is_meta for parameter in model.parameters())
+    require(not on_meta, "a model on the meta device has no numbers to save")
     config = model.config.to_dict() | {"architectures": [type(model).__name__]}
     dtype = "dtype" if "dtype" in config else "torch_dtype"  # transformers has used both names
     config[dtype] = str(model.dtype).removeprefix("torch.")
@@ -2046,13 +2057,14 @@ def save_pretrained(model, directory, max_shard_size, quantize):
     metadata, parts = {"format": "pt", "config": f".config.{digest[:16]}.json"}, []
     directory.mkdir(parents=True, exist_ok=True)
     try:
-        write_json(directory / metadata["config"], config)
-        mode = (directory / metadata["config"]).stat().st_mode  # as the umask wants files to be
-        for shard in in_shards(stored_tensors(model, quantize), limit):
+        for tensors in in_shards(stored_tensors(model, quantize), limit):
             part = directory / f".part-{len(parts)}.tmp"
-            save_file(shard, part, metadata=metadata)
+            part.touch()
+            mode = part.stat().st_mode  # as the umask wants files to be, unlike safetensors
+            save_file(tensors, part, metadata=metadata)
             part.chmod(mode)
-            parts.append({name: tensor.nbytes for name, tensor in shard.items()})
+            parts.append({name: tensor.nbytes for name, tensor in tensors.items()})
+        write_json(directory / metadata["config"], config)
         put_in_place(directory, parts, metadata)
     except SafetensorError as error:
         raise OSError(f"{directory}: {error}") from None
@@ -2068,22 +2080,22 @@ def put_in_place(directory, parts, metadata):
     The one that counts is model.safetensors, else the index. Until the new one counts, no file of the
     old one is touched; from then on its metadata name the config, until that is config.json.
     """
-    numbers = [f"-{i + 1:05d}-of-{len(parts):06d}.safetensors" for i in range(len(parts))]
-    free = ([f"model{f'_{turn}' * (turn > 0)}{n}" for n in numbers] for turn in itertools.count())
-    names, sharded = [SINGLE], len(parts) > 1
-    if sharded:
-        names = next(names for names in free if not any((directory / n).exists() for n in names))
-    journal, older = directory / ".saving.json", files_of_older(directory)
-    write_json(journal, {"files": sorted(older | set(names))})
+    names, older, journal = [SINGLE], files_of_older(directory), directory / ".saving.json"
+    if len(parts) > 1:
+        stems = (f"model{'_' * turn}-" for turn in itertools.count())
+        stem = next(stem for stem in stems if not any(directory.glob(f"{stem}*")))
+        names = [f"{stem}{i + 1:05d}-of-{len(parts):06d}.safetensors" for i in range(len(parts))]
+    write_json(journal, {"files": [*older, *names]})
     for i, name in enumerate(names):
         (directory / f".part-{i}.tmp").replace(directory / name)
-    if sharded:
+    if len(parts) > 1:
         places = {name: file for file, part in zip(names, parts, strict=True) for name in part}
         total = {"total_size": sum(sum(part.values()) for part in parts)}
         write_json(directory / INDEX, {"metadata": metadata | total, "weight_map": places})
-    (directory / (SINGLE if sharded else INDEX)).unlink(missing_ok=True)
+    (directory / (SINGLE if len(parts) > 1 else INDEX)).unlink(missing_ok=True)
     (directory / metadata["config"]).replace(directory / "config.json")
-    for path in (*(directory / name for name in older - set(names)), *directory.glob(".config.*.json"), journal):
+    stale = [directory / name for name in older - {*names}]
+    for path in (*stale, *directory.glob(".config.*.json"), journal):
         path.unlink(missing_ok=True)
 
 def files_of_older(directory):
@@ -2101,24 +2113,23 @@ def parse_size(name, size):
     """Bytes of "5GB", "200MB", "16GiB" or a number; ValueError names the argument."""
     match = re.fullmatch(r"(\d+(?:\.\d*)?)\s*(?:([KMGT])(I?)B)?", str(size).strip().upper())
     unit = (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " ") if match else 0
-    if not match or not 1 <= float(match[1]) * unit < math.inf:
-        raise ValueError(f"{name}={size!r}: must be bytes, or like '5GB' or '200MB'")
-    return int(float(match[1]) * unit)
+    number = float(match[1]) * unit if match else 0
+    require(1 <= number < math.inf, f"{name}={size!r}: must be bytes, or like '5GB' or '200MB'")
+    return int(number)
 
 # ---- 13. Training — §2.1.2, §4.2 ----------------------------------------------------------------
 
 BOS, EOS = "<|begin_of_sentence|>", "<|end_of_sentence|>"
+UNTYPICAL = {"__pycache__", "site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"}
 
 def corpus_files(data, seed):
     """The text files of a file or folder, or of the Python standard library, in shuffled order."""
     root = Path(sysconfig.get_path("stdlib") if data is None else data)
-    others = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"}
-    skipped = {"__pycache__"} | (set() if data else others)
     found = [root] if root.is_file() else sorted(root.rglob("*.py" if data is None else "[!.]*"))
+    skipped = UNTYPICAL if data is None else {"__pycache__"}
     files = [file for file in found if file.is_file() and not skipped & set(file.parts)]
-    if not files:
-        hint = "no file there" if data else "this Python came without its sources, give --data"
-        raise ValueError(f"{root}: {hint}")
+    hint = "no file there" if data else "this Python came without its sources, give --data"
+    require(files, f"{root}: {hint}")
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))
     return [files[i] for i in order]
 
@@ -2139,19 +2150,20 @@ def train_tokenizer(files, vocab_size):
 
 def read_tokenizer(directory):
     """The tokenizer.json of a folder; its own errors name neither the file nor their kind."""
+    path = Path(directory) / "tokenizer.json"
     try:
-        return Tokenizer.from_file(str(Path(directory) / "tokenizer.json"))
+        return Tokenizer.from_file(str(path))
     except Exception as error:
-        raise ValueError(f"{Path(directory) / 'tokenizer.json'}: no tokenizer ({error})") from None
+        raise ValueError(f"{path}: no tokenizer ({error})") from None
 
 def token_dtype(vocab_size):
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 class Corpus:
-    """Windows of T tokens of the array at `path`; the last twentieth of it is held out.
+    """Windows of T tokens of the array at `path`, which is mapped; the last twentieth is held out.
 
     Every epoch visits the windows in another order, fixed by the seed, so that the number of windows
-    seen so far is all that a resumed run has to know. The array is mapped, never read as a whole.
+    seen so far is all that a resumed run has to know.
     """
 
     def __init__(self, path, vocab_size, eos, T, seed):
@@ -2161,8 +2173,8 @@ class Corpus:
         ends = np.flatnonzero(self.tokens[cut : cut + len(self.tokens) // 40] == eos)
         self.cut = cut + int(ends[0]) + 1 if len(ends) else cut  # at the end of a document, if near
         self.windows = self.cut // T
-        if self.windows < 1 or len(self.tokens) - self.cut < T:
-            raise ValueError(f"a corpus of {len(self.tokens)} tokens is too short: 20 x {T} needed")
+        enough = self.windows >= 1 and len(self.tokens) - self.cut >= T
+        require(enough, f"a corpus of {len(self.tokens)} tokens is too short: 20 x {T} needed")
 
     def batch(self, position, count):
         """Windows position .. position + count of the run -> tokens and labels, (count, T) each."""
@@ -2181,10 +2193,11 @@ class Corpus:
         return self.read(starts[:: max(1, len(starts) // count)][:count])
 
     def read(self, starts):
+        """The windows that begin there, and their labels: no document predicts the next one."""
         windows = np.stack([self.tokens[start : start + self.T] for start in starts])
         input_ids = torch.from_numpy(windows.astype(np.int64))
         labels = input_ids.clone()
-        labels[:, 1:][input_ids[:, :-1] == self.eos] = -100  # no document predicts the next one
+        labels[:, 1:][input_ids[:, :-1] == self.eos] = -100
         return input_ids, labels
 
 def learning_rate_factor(progress, warmup):
@@ -2210,10 +2223,9 @@ def start_processes(device):
         dist.init_process_group(backend)
     elif device.type == "cuda":
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return rank, world, device
+    return (dist.get_rank(), dist.get_world_size(), device) if dist.is_initialized() else (0, 1, device)
 
-def shard(model, device):
+def distribute(model, device):
     """Split parameters and optimizer state over the processes; on a GPU, compute in bfloat16 too."""
     import torch.distributed as dist
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -2226,21 +2238,14 @@ def shard(model, device):
             fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(*kinds))
     return model
 
-def check_training(options, world):
+def check_training(options, config, world):
     """ValueError for options that cannot work together or on this machine, before anything is written."""
     parts = world * options.accumulate
-    if options.batch % parts:
-        raise ValueError(f"--batch {options.batch}: must be a multiple of {parts}, its parts")
-    if options.config is None:
-        return
-    config = DeepseekV3Config.from_pretrained(options.config, vocab_size=options.vocab_size)
-    layers = max(0, config.num_hidden_layers - config.first_k_dense_replace)
-    width = config.n_routed_experts * config.moe_intermediate_size
-    # Embeddings and experts alone: every process builds the whole model before it is split.
-    size = 4 * config.hidden_size * (2 * config.vocab_size + 3 * width * layers)
-    if size > memory_size():
-        have = f"{memory_size() / 2**30:.0f} GiB"
-        raise ValueError(f"--config: over {size / 2**30:.0f} GiB of weights, of memory {have}")
+    require(options.batch % parts == 0, f"--batch {options.batch}: must be a multiple of {parts}, its parts")
+    with torch.device("meta"):  # every process builds the whole model before it is split
+        size = sum(4 * parameter.numel() for parameter in DeepseekV3ForCausalLM(config).parameters())
+    have = f"{memory_size() / 2**30:.0f} GiB of memory"
+    require(size <= memory_size(), f"--config: {size / 2**30:.0f} GiB of weights, but {have}")
 
 def prepare_data(options):
     """Make tokenizer.json and tokens.bin in options.out, once: a resumed run finds them there.
@@ -2279,27 +2284,27 @@ def adamw(model, lr):
 class Trainer:
     """One run: model, optimizer, data, and what it writes to options.out.
 
-    Nothing in it is random but the first weights and the order of the data: with the model's and the
-    optimizer's numbers, `step` and `position` (windows seen) are all that a resumed run needs.
+    Nothing in it is random but the first weights and the order of the data, which the seed fixes: with
+    the model's and the optimizer's numbers, `step` is all that a resumed run needs.
     """
 
     def __init__(self, options):
-        self.options, self.out, self.step, self.position = options, Path(options.out), 0, 0
+        self.options, self.out, self.step = options, Path(options.out), 0
         self.rank, self.world, self.device = start_processes(options.device)
-        check_training(options, self.world)
+        read = partial(DeepseekV3Config.from_pretrained, options.config)
+        ids = dict(bos_token_id=0, eos_token_id=1, vocab_size=options.vocab_size)
+        self.config = read(**ids) if options.config else DeepseekV3Config.tiny(**ids)
+        check_training(options, self.config, self.world)
         if self.rank == 0:
             prepare_data(options)
         self.wait()
         self.tokenizer = read_tokenizer(self.out)
-        ids = dict(bos_token_id=0, eos_token_id=1, vocab_size=self.tokenizer.get_vocab_size())
-        tiny, read = DeepseekV3Config.tiny, DeepseekV3Config.from_pretrained
-        self.config = read(options.config, **ids) if options.config else tiny(**ids)
-        windows = self.config.vocab_size, 1, options.length, options.seed
-        self.corpus = Corpus(self.out / "tokens.bin", *windows)
-        if options.batch > self.corpus.windows:  # a batch holds none twice
-            raise ValueError(f"--batch {options.batch}: the text has {self.corpus.windows} windows")
+        self.config.vocab_size = self.tokenizer.get_vocab_size()  # a small text has fewer than asked for
+        self.corpus = Corpus(self.out / "tokens.bin", self.config.vocab_size, 1, options.length, options.seed)
+        windows = self.corpus.windows  # a batch holds none twice
+        require(options.batch <= windows, f"--batch {options.batch}: the text has {windows} windows")
         torch.manual_seed(options.seed)
-        self.model = shard(DeepseekV3ForCausalLM(self.config), self.device)
+        self.model = distribute(DeepseekV3ForCausalLM(self.config), self.device)
         self.model.gradient_checkpointing = options.recompute
         self.optimizer = adamw(self.model, options.lr)
         load_state(self)
@@ -2326,7 +2331,7 @@ class Trainer:
         options, began, progress = self.options, time.perf_counter(), self.step / self.options.steps
         self.model.train()
         self.config.mtp_loss_weight = 0.3 if progress < 10 / 14.8 else 0.1  # λ, §4.2
-        first, losses = self.position, self.backward()
+        losses = self.backward()
         if not math.isfinite(losses["loss"]):
             found = f"step {self.step + 1}: the loss is {losses['loss']}"
             raise FloatingPointError(f"{found}; the last good state is in {self.out / 'states'}")
@@ -2339,10 +2344,9 @@ class Trainer:
         gamma = options.gamma if progress < 14.3 / 14.8 else 0.0
         violations = self.model.update_router_bias(gamma, centred=options.centred)
         self.step += 1
-        speed = (self.position - first) * options.length / (time.perf_counter() - began)
-        mean_violation = sum(violations) / max(len(violations), 1)
-        line = {"step": self.step, **losses, "max_violation": mean_violation, "lr": lr}
-        line |= {"grad_norm": float(getattr(norm, "full_tensor", lambda: norm)())}
+        line = {"step": self.step, **losses, "max_violation": sum(violations) / max(len(violations), 1)}
+        line |= {"lr": lr, "grad_norm": float(getattr(norm, "full_tensor", lambda: norm)())}
+        speed = options.batch * options.length / (time.perf_counter() - began)
         return line | {"tokens_per_second": speed, "layer_violations": violations}
 
     def backward(self):
@@ -2350,29 +2354,27 @@ class Trainer:
         options, names = self.options, ("loss", "main_loss", "mtp_loss", "balance_loss")
         share = options.batch // (self.world * options.accumulate)
         means = torch.zeros(len(names), device=self.device)
-        for _ in range(options.accumulate):
-            input_ids, labels = self.corpus.batch(self.position + self.rank * share, share)
-            self.position += self.world * share
+        for part in range(options.accumulate):
+            place = (part * self.world + self.rank) * share  # in the batch
+            input_ids, labels = self.corpus.batch(self.step * options.batch + place, share)
             out = self.model(input_ids.to(self.device), labels=labels.to(self.device))
             (out.loss / options.accumulate).backward()
             losses = [getattr(out, name) for name in names]  # None: no MTP modules
             means += torch.stack([means.new_zeros(()) if x is None else x.detach() for x in losses])
         if self.world > 1:
             torch.distributed.all_reduce(means)
-        means = means / (options.accumulate * self.world)
-        return dict(zip(names, means.tolist(), strict=True))
+        return dict(zip(names, (means / (options.accumulate * self.world)).tolist(), strict=True))
 
     @torch.no_grad()
     def evaluate(self, windows=32):
-        """Loss on held-out text, a token and in bits a byte."""
+        """Loss on held-out text, per token and in bits per byte."""
         self.model.eval()
         input_ids, labels = self.corpus.held_out(windows)
-        inputs, targets = input_ids.to(self.device).split(8), labels.to(self.device).split(8)
-        parts = [self.model(x, labels=y) for x, y in zip(inputs, targets, strict=True)]
-        loss = float(torch.stack([out.main_loss for out in parts]).mean())
+        parts = zip(input_ids.to(self.device).split(8), labels.to(self.device).split(8), strict=True)
+        loss = float(torch.stack([self.model(x, labels=y).main_loss for x, y in parts]).mean())
         text = self.tokenizer.decode_batch(input_ids.tolist(), skip_special_tokens=False)
-        bytes_a_token = sum(len(window.encode()) for window in text) / input_ids.numel()
-        return {"val_loss": loss, "val_bits_per_byte": loss / math.log(2) / bytes_a_token}
+        bytes_per_token = sum(len(window.encode()) for window in text) / input_ids.numel()
+        return {"val_loss": loss, "val_bits_per_byte": loss / math.log(2) / bytes_per_token}
 
     def wait(self):
         """Until every process is here."""
@@ -2386,12 +2388,11 @@ def run_settings(trainer):
     return options | {"tokens": len(trainer.corpus.tokens)} | config
 
 def run_state(trainer):
-    """Model, optimizer and counters, as torch.distributed.checkpoint takes them."""
+    """The numbers of model and optimizer, as torch.distributed.checkpoint takes them."""
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
     model, optimizer = get_state_dict(trainer.model, trainer.optimizer)
-    counters = {"step": trainer.step, "position": trainer.position}
-    return {"model": model, "optimizer": optimizer} | counters
+    return {"model_state_dict": model, "optim_state_dict": optimizer}
 
 def save_state(trainer):
     """A folder for this step, which appears whole or not at all; the last options.keep stay."""
@@ -2422,13 +2423,12 @@ def load_state(trainer):
     if trainer.options.resume and states:
         then, now = read_json(states[-1] / "settings.json"), run_settings(trainer)
         for name in sorted(then.keys() | now.keys()):
-            if then.get(name) != now.get(name):
-                raise ValueError(f"--resume: {name} is {now.get(name)}, but was {then.get(name)}")
+            same = then.get(name) == now.get(name)
+            require(same, f"--resume: {name} is {now.get(name)}, but was {then.get(name)}")
         state = run_state(trainer)
         dcp.load(state, checkpoint_id=states[-1], no_dist=trainer.world == 1)
-        parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
-        set_state_dict(trainer.model, trainer.optimizer, **parts)
-        trainer.step, trainer.position = state["step"], state["position"]
+        set_state_dict(trainer.model, trainer.optimizer, **state)
+        trainer.step = int(states[-1].name.removeprefix("step-"))
     if trainer.rank == 0:
         metrics = trainer.out / "metrics.jsonl"
         lines = metrics.read_text(encoding="utf-8").splitlines(True) if trainer.step else []
@@ -2483,21 +2483,18 @@ def chat_prompt(directory, text):
     """The text of a user as the folder's own chat template puts it to the model."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment  # the template is a stranger's code
 
-    file, settings = Path(directory) / "chat_template.jinja", {}
-    if (Path(directory) / "tokenizer_config.json").is_file():
-        settings = read_json(Path(directory) / "tokenizer_config.json")
+    file, beside = Path(directory) / "chat_template.jinja", Path(directory) / "tokenizer_config.json"
+    settings = read_json(beside) if beside.is_file() else {}
     template = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
     if isinstance(template, list):  # several by name
-        named = [each for each in template if isinstance(each, dict)]
-        template = {str(each.get("name")): each.get("template") for each in named}.get("default")
-    if not isinstance(template, str):
-        raise ValueError(f"{directory}: no chat template in its tokenizer_config.json")
+        named = {str(each.get("name")): each.get("template") for each in template if isinstance(each, dict)}
+        template = named.get("default")
+    require(isinstance(template, str), f"{directory}: no chat template in its tokenizer_config.json")
     tokens = {name: settings.get(name) or "" for name in ("bos_token", "eos_token")}
     names = {n: t.get("content") if isinstance(t, dict) else t for n, t in tokens.items()}
-    messages = [{"role": "user", "content": text}]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     try:
-        chat = environment.from_string(template)
+        chat, messages = environment.from_string(template), [{"role": "user", "content": text}]
         return chat.render(messages=messages, add_generation_prompt=True, **names)
     except Exception as error:  # a template can raise anything
         raise ValueError(f"{directory}: its chat template fails ({error})") from None
@@ -2546,8 +2543,7 @@ def count_parameters(module, config):
     """Parameters of a module, and how many of them a token visits."""
     total = sum(parameter.numel() for parameter in module.parameters())
     experts = sum(stack.numel() for stack in module.parameters() if stack.ndim == 3)
-    E, K = config.n_routed_experts, config.num_experts_per_tok
-    return total, total - experts * (E - K) // E
+    return total, total - experts + experts * config.num_experts_per_tok // config.n_routed_experts
 
 def print_sizes(model, kinds, sizes):
     """What parameters, weights, cache and training take."""
@@ -2577,8 +2573,7 @@ def print_split(model, sizes, gpus, gib):
     """Which layers each GPU would hold, with bars; or how many GPUs it would take."""
     units, work = unit_sizes(model, sizes)
     room, least = int(gib * 2**30) - work, max(units.values())
-    if least > room:
-        raise ValueError(f"--gpu-memory {gib:g}: one layer takes {(least + work) / 2**30:.1f} GiB")
+    require(least <= room, f"--gpu-memory {gib:g}: one layer takes {(least + work) / 2**30:.1f} GiB")
     needed = 1 + max(plan_devices(units, dict.fromkeys(range(len(units)), room), False).values())
     if needed > gpus:
         print(f"{gpus} GPUs of {gib:g} GiB do not hold it: it takes {needed}")
@@ -2609,48 +2604,43 @@ def within(least, most, kind=int):
     return number
 
 def parser():
-    """The command line, a sub-command for each function above."""
-    main = Parser(prog="deepseek_v3.py", description="Train and run DeepSeek-V3.")
+    """The command line, a sub-command for each of the three functions above."""
+    main, count, part = Parser(prog="deepseek_v3.py"), within(1, 1e9), within(0, 1, float)
     commands = main.add_subparsers(dest="command", required=True)
-    add_train(commands)
-    run = commands.add_parser("generate", help="continue a prompt")
-    run.add_argument("directory", help="checkpoint folder")
-    run.add_argument("prompt")
-    run.add_argument("--chat", action="store_true", help="answer, by the model's chat template")
-    run.add_argument("--max-new-tokens", type=within(0, 1e12), default=200)
-    run.add_argument("--temperature", type=within(0, 1e6, float), default=0.7, help="0: greedy")
-    run.add_argument("--seed", type=within(0, 1e12), default=0)
-    run.add_argument("--mtp", action="store_true", help="draft with the MTP modules: fewer steps")
-    run.add_argument("--draft-tokens", type=within(1, 1000), help="a step; default: one a module")
-    info = commands.add_parser("info", help="parameters, bytes and FLOPs of a model")
-    info.add_argument("path", help="checkpoint folder or config.json")
-    info.add_argument("--gpus", type=within(1, 1e5), help="show how it would lie on so many GPUs")
-    info.add_argument("--gpu-memory", type=within(0.1, 1e6, float), default=80, help="GiB of each")
+    train = commands.add_parser("train", help="train a model from scratch, on text").add_argument
+    train("--data", help="text file or folder (default: Python's standard library)")
+    train("--config", help="config.json of the model (default: the tiny one)")
+    train("--out", default="out", help="folder for checkpoint, states, metrics.jsonl")
+    train("--steps", type=count, default=550)
+    train("--batch", type=count, default=16, help="sequences of all processes")
+    train("--length", type=within(4, 1e9), default=128, help="tokens per sequence")
+    train("--accumulate", type=count, default=1, help="parts a batch runs in")
+    train("--recompute", action="store_true", help="recompute layers to save memory")
+    train("--lr", type=within(1e-9, 100, float), default=4e-3, help="learning rate")
+    train("--warmup", type=part, default=0.1, help="part of the steps over which it rises")
+    train("--gamma", type=part, default=0.002, help="step of the router bias")
+    train("--centred", action="store_true", help="router bias steps of mean zero")
+    train("--vocab-size", type=within(258, LARGEST), default=2048, help="tokens to learn")
+    train("--eval-every", type=count, default=100, help="steps")
+    train("--save-every", type=count, default=250, help="steps between states")
+    train("--keep", type=count, default=2, help="states to keep")
+    train("--resume", action="store_true", help="go on from the newest state in --out")
+    train("--seed", type=within(0, 1e12), default=0)
+    train("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    run = commands.add_parser("generate", help="continue a prompt").add_argument
+    run("directory", help="checkpoint folder")
+    run("prompt")
+    run("--chat", action="store_true", help="answer, by the model's chat template")
+    run("--max-new-tokens", type=within(0, 1e12), default=200)
+    run("--temperature", type=within(0, 1e6, float), default=0.7, help="0: greedy")
+    run("--seed", type=within(0, 1e12), default=0)
+    run("--mtp", action="store_true", help="draft with the MTP modules: fewer steps")
+    run("--draft-tokens", type=within(1, 1000), help="per step; default: one per module")
+    info = commands.add_parser("info", help="parameters, bytes and FLOPs of a model").add_argument
+    info("path", help="checkpoint folder or config.json")
+    info("--gpus", type=within(1, 1e5), help="show how it would lie on so many GPUs")
+    info("--gpu-memory", type=within(0.1, 1e6, float), default=80, help="GiB of each")
     return main
-
-def add_train(commands):
-    """The flags of training."""
-    count, part = within(1, 1e9), within(0, 1, float)
-    train = commands.add_parser("train", help="train a model from scratch, on text")
-    train.add_argument("--data", help="text file or folder (default: Python's standard library)")
-    train.add_argument("--config", help="config.json of the model (default: the tiny one)")
-    train.add_argument("--out", default="out", help="folder for checkpoint, states, metrics.jsonl")
-    train.add_argument("--steps", type=count, default=550)
-    train.add_argument("--batch", type=count, default=16, help="sequences of all processes")
-    train.add_argument("--length", type=within(4, 1e9), default=128, help="tokens a sequence")
-    train.add_argument("--accumulate", type=count, default=1, help="parts a batch runs in")
-    train.add_argument("--recompute", action="store_true", help="recompute layers to save memory")
-    train.add_argument("--lr", type=within(1e-9, 100, float), default=4e-3, help="learning rate")
-    train.add_argument("--warmup", type=part, default=0.1, help="part it rises over")
-    train.add_argument("--gamma", type=part, default=0.002, help="step of the router bias")
-    train.add_argument("--centred", action="store_true", help="router bias steps of mean zero")
-    train.add_argument("--vocab-size", type=within(258, LARGEST), default=2048, help="tokens to learn")
-    train.add_argument("--eval-every", type=count, default=100, help="steps")
-    train.add_argument("--save-every", type=count, default=250, help="steps between states")
-    train.add_argument("--keep", type=count, default=2, help="states to keep")
-    train.add_argument("--resume", action="store_true", help="go on from the newest state in --out")
-    train.add_argument("--seed", type=within(0, 1e12), default=0)
-    train.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 def main(arguments=None):
     """Run a command; a bad argument or file is one line on stderr and exit status 2."""

@@ -90,7 +90,7 @@ def full():
 
 models[0].save_pretrained(folder)
 seen = []
-for kill in range(40):
+for kill in range(25):
     assert forked(lambda: save(rng.randrange(6)), rng.uniform(0, 0.08)) is None
     seen.append(found())
 models[0].save_pretrained(folder, max_shard_size="60KB")
@@ -100,9 +100,9 @@ print(json.dumps([seen, statuses, found(), files == sorted(os.listdir(folder)), 
 """
 
 
-def test_forty_kills_and_a_full_disk_while_saving_leave_a_whole_checkpoint(tmp_path):
+def test_kills_and_a_full_disk_while_saving_leave_a_whole_checkpoint(tmp_path):
     (seen, statuses, found, same_files, files), _ = run(SAVING, tmp_path)
-    assert len(seen) == 40 and set(seen) == {0, 1}
+    assert len(seen) == 25 and set(seen) == {0, 1}
     assert statuses == [7, 7, 7] and found == 0 and same_files
     assert not [name for name in files if name.startswith(".")]
 

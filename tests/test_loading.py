@@ -72,7 +72,7 @@ def test_every_name_and_shape_of_671b_is_checked_in_seconds(released, monkeypatc
 
 
 SLICE = """
-import json, resource, sys, threading, torch
+import json, resource, sys, threading, time, torch
 import deepseek_v3
 opened, real, seen, done = [], deepseek_v3.safe_open, [0], []
 deepseek_v3.safe_open = lambda path, **options: (opened.append(path.name), real(path, **options))[1]
@@ -82,6 +82,7 @@ own = lambda: status("RssAnon:")  # pages of mapped files are not a process's ow
 def watch():
     while not done:
         seen[0] = max(seen[0], own())
+        time.sleep(0.001)
 
 deepseek_v3.DeepseekV3ForCausalLM(deepseek_v3.DeepseekV3Config.tiny())
 before, watcher = (own(), status("VmRSS:")), threading.Thread(target=watch)
