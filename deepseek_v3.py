@@ -785,11 +785,10 @@ class MTPBlock(Block):
     def forward(
         self, hidden: Tensor, embeds: Tensor, context: Context, output_attentions: bool = False
     ) -> BlockOutput:
-        here = home(self.hnorm, hidden)
-        joined = torch.cat([self.enorm(embeds.to(here)), self.hnorm(hidden.to(here))], -1)  # (B, T-k, 2*D)
+        joined = torch.cat([self.enorm(embeds), self.hnorm(hidden)], -1)  # (B, T-k, 2*D)
         x = self.eh_proj(joined)  # (B, T-k, D) Eq. 21 NOTE(checkpoint) eh-order
-        x, attention, routing = super().forward(x, context.to(here), output_attentions)  # Eq. 22
-        return self.shared_head["norm"](x).to(hidden.device), attention, routing
+        x, attention, routing = super().forward(x, context, output_attentions)  # Eq. 22
+        return self.shared_head["norm"](x), attention, routing
 
 # ---- 8. Model and heads — Eq. 23 ----------------------------------------------------------------
 
@@ -839,9 +838,11 @@ class PreTrainedModel(nn.Module):
 
     def tie_weights(self, _loaded: Any = None) -> None:
         """Make the head the embedding, where the config says so; also after weights were exchanged."""
-        head = getattr(self, "lm_head", None)
-        if self.config.tie_word_embeddings and type(head) is Linear:  # what is in its place is not ours to tie
-            head._parameters["weight"] = self.model.embed_tokens._parameters.get("weight", head.weight)
+        head, trunk = getattr(self, "lm_head", None), getattr(self, "model", self)
+        if self.config.tie_word_embeddings and type(head) is Linear:
+            both = head._parameters, trunk.embed_tokens._parameters
+            if all("weight" in parameters for parameters in both):  # else it is pruned or parametrized
+                both[0]["weight"] = both[1]["weight"]
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -1025,6 +1026,7 @@ class DeepseekV3ForCausalLM(PreTrainedModel):
                 here = documents[:, :-k].where(documents[:, :-k] == documents[:, k:], 0)  # (B, T-k)
             context = self.model.context(positions[:, :-k], here, mask, None)
             hidden, _, routing = self.model.run(block, context, hidden[:, :-1], embeds[:, k:])  # (B, T-k, D)
+            hidden = hidden.to(embeds.device)
             if losses is not None:
                 losses = losses + balance([block], [routing], here, hidden)
             logits.append(self.lm_head(hidden))  # Eq. 23
@@ -1278,8 +1280,9 @@ def check_context(model: DeepseekV3Model, x: Tensor, attention_mask: Any, positi
         check_tensor("attention_mask", attention_mask, MASKS, (B, length), *wide)
         if attention_mask.ndim == 4:
             check_tensor("attention_mask", attention_mask, (torch.bool, *FLOATS), *wide)
-        elif attention_mask.is_cpu and not is_traced(attention_mask) and not ((attention_mask == 0) | (attention_mask == 1)).all():
-            raise ValueError("attention_mask: must hold nothing but 0 (padding) and 1")
+        elif attention_mask.is_cpu and not is_traced(attention_mask):
+            if not ((attention_mask == 0) | (attention_mask == 1)).all():
+                raise ValueError("attention_mask: must hold nothing but 0 (padding) and 1")
     if position_ids is not None:
         check_tensor("position_ids", position_ids, IDS, (B, T), (1, T))
     if length > config.max_position_embeddings:
@@ -1492,7 +1495,7 @@ class Drafter:
         context = main.context(positions, documents, None, cache)
         hidden, *_ = main.run(self.blocks[i], context, hidden, main.embed_tokens(tokens))  # (B, T, D)
         cache.advance(documents, tokens.shape[1])
-        return hidden
+        return hidden.to(tokens.device)
 
 def decode(
     model: DeepseekV3ForCausalLM, window: Tensor, attention_mask: Maybe, sampling: Sampling,
@@ -1647,7 +1650,7 @@ def check_field(name, kind, value):
     elif isinstance(value, int | float) and not boolean:
         zero, whole = name in MAY_BE_ZERO, kind != int | float and name != "max_position_embeddings"
         require(value > 0 or zero and value == 0, f"{given} {'0 or more' if zero else 'above 0'}")
-        most = LARGEST if whole else 1e12
+        most = 1000 if name.endswith("_layers") else LARGEST if whole else 1e12
         require(value <= most, f"{given} at most {most:,.0f}")
 
 def check_yarn(scaling):
@@ -1836,6 +1839,7 @@ def load_pretrained(cls, directory, device_map, dtype, num_hidden_layers, max_me
                 stored.copy_to(piece, weight[part], None if scale is None else scale[part])
             else:  # a new head
                 weight.normal_(0, model.config.initializer_range if weight.ndim > 1 else 0)
+        stored.newest = (None, None)  # closed, a file lets go of the pages that were read
     model.tie_weights()
     trunk = getattr(model, "model", model)  # makes positions, and so angles, where its embedding is
     trunk.rotary_emb.to(trunk.embed_tokens.weight.device)
