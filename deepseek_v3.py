@@ -1230,6 +1230,11 @@ def trace(model: nn.Module, *patterns: str) -> Iterator[dict[str, Any]]:
     if patterns and not seen:
         raise RuntimeError("trace: no matching module ran; compiled ones run no hooks, call the model itself")
 
+def require(holds: Any, otherwise: str) -> None:
+    """ValueError that says what is wrong, unless it `holds`."""
+    if not holds:
+        raise ValueError(otherwise)
+
 def described(value: Any) -> str:
     """What was given, for an error: a tensor's dtype and shape, or the type of something else."""
     if isinstance(value, Tensor):
@@ -1254,8 +1259,7 @@ def check_inputs(input_ids: Any, inputs_embeds: Any, config: DeepseekV3Config) -
     """ValueError unless there is exactly one of tokens (B, T) and embeddings (B, T, D)."""
     if torch.compiler.is_compiling():
         return
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    require((input_ids is None) != (inputs_embeds is None), "give exactly one of input_ids and inputs_embeds")
     if input_ids is None:
         check_tensor("inputs_embeds", inputs_embeds, FLOATS, ("B", "T", config.hidden_size))
     else:
@@ -1267,22 +1271,22 @@ def check_context(model: DeepseekV3Model, x: Tensor, attention_mask: Any, positi
     if torch.compiler.is_compiling():
         return
     (B, T), config = x.shape[:2], model.config
-    if not isinstance(cache, LatentCache | None):
-        raise ValueError(f"past_key_values: {described(cache)}: must be what a call before gave")
+    ours = isinstance(cache, LatentCache | None)
+    require(ours, f"past_key_values: {described(cache)}: must be what a call before gave")
     length, layers = (T, {}) if cache is None else (T + cache.length, cache.layers if cache.length else {})
     for held in layers.values():
         width = config.kv_lora_rank + config.qk_rope_head_dim
         check_tensor("past_key_values", held, FLOATS, (B, "S", width))
-    if cache is not None and model.recompute and model.training:
-        raise ValueError("gradient_checkpointing recomputes layers, and use_cache would store them twice")
+    twice = cache is not None and model.recompute and model.training
+    require(not twice, "gradient_checkpointing recomputes layers, and use_cache would store them twice")
     if attention_mask is not None:
         wide = [(rows, 1, T, length) for rows in (B, 1)]
         check_tensor("attention_mask", attention_mask, MASKS, (B, length), *wide)
         if attention_mask.ndim == 4:
             check_tensor("attention_mask", attention_mask, (torch.bool, *FLOATS), *wide)
         elif attention_mask.is_cpu and not is_traced(attention_mask):
-            if not ((attention_mask == 0) | (attention_mask == 1)).all():
-                raise ValueError("attention_mask: must hold nothing but 0 (padding) and 1")
+            binary = ((attention_mask == 0) | (attention_mask == 1)).all()
+            require(binary, "attention_mask: must hold nothing but 0 (padding) and 1")
     if position_ids is not None:
         check_tensor("position_ids", position_ids, IDS, (B, T), (1, T))
     if length > config.max_position_embeddings:
@@ -1291,10 +1295,9 @@ def check_context(model: DeepseekV3Model, x: Tensor, attention_mask: Any, positi
 
 def check_request(labels: Any, logits_to_keep: Any, output_mtp: bool, past: int) -> None:
     """ValueError for what a causal LM cannot be asked for, or not together."""
-    if type(logits_to_keep) is not int or logits_to_keep < 0:
-        raise ValueError(f"{logits_to_keep=}: must be 0 (all) or more")
-    if labels is not None and logits_to_keep or output_mtp and past:
-        raise ValueError("labels need all logits, output_mtp needs all tokens in this call")
+    require(type(logits_to_keep) is int and logits_to_keep >= 0, f"{logits_to_keep=}: must be 0 (all) or more")
+    require(labels is None or not logits_to_keep, "labels need all logits: leave logits_to_keep at 0")
+    require(not (output_mtp and past), "output_mtp needs all tokens in this call: leave past_key_values out")
 
 def check_ids(name: str, ids: Tensor, vocab: int, ignored: int | None = None) -> None:
     """ValueError if a token or label id is outside the vocabulary (on a GPU its own check speaks)."""
@@ -1302,13 +1305,12 @@ def check_ids(name: str, ids: Tensor, vocab: int, ignored: int | None = None) ->
         return
     ids = ids if ignored is None else ids[ids != ignored]
     low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
-    if low < 0 or high >= vocab:
-        raise ValueError(f"{name} hold {low if low < 0 else high}: must lie in 0..{vocab - 1}")
+    require(0 <= low and high < vocab, f"{name} hold {low if low < 0 else high}: must lie in 0..{vocab - 1}")
 
 def check_labels(labels: Any, shape: tuple, classes: int, count: Any = None) -> None:
     """ValueError unless labels are ids of that shape, each of a class, or -100 to be ignored."""
-    if not isinstance(count, Tensor | None) and not (isinstance(count, int) and count > 0):
-        raise ValueError(f"num_items_in_batch={count!r}: must be a whole number above 0, or a tensor")
+    counts = isinstance(count, Tensor | None) or isinstance(count, int) and count > 0
+    require(counts, f"num_items_in_batch={count!r}: must be a whole number above 0, or a tensor")
     if not torch.compiler.is_compiling():
         check_tensor("labels", labels, (torch.int64,), tuple(shape))
         check_ids("labels", labels, classes, ignored=-100)
@@ -1344,10 +1346,9 @@ class Sampling:
         }
         for name, (holds, right) in rules.items():
             value = getattr(self, name)
-            if not (isinstance(value, int | float) and holds(value)):
-                raise ValueError(f"{name}={value!r}: must be {right}")
-        if not isinstance(self.generator, torch.Generator | None):
-            raise ValueError(f"generator={self.generator!r}: must be a torch.Generator")
+            require(isinstance(value, int | float) and holds(value), f"{name}={value!r}: must be {right}")
+        known = isinstance(self.generator, torch.Generator | None)
+        require(known, f"generator={self.generator!r}: must be a torch.Generator")
 
     def distribution(self, logits: Tensor) -> Tensor:
         """Probabilities that a token is drawn from, logits (..., vocab) -> the same; greedy: all on one."""
@@ -1399,8 +1400,8 @@ def stop_ids(config: DeepseekV3Config, eos_token_id: int | list[int] | None) -> 
     """End-of-sequence ids as a list: those given, else the config's; -1 stands for none."""
     given = config.eos_token_id if eos_token_id is None else eos_token_id
     ids = given if isinstance(given, list | tuple) else [] if given is None else [given]
-    if not all(type(token) is int for token in ids):
-        raise ValueError(f"eos_token_id={given!r}: must be a token id, a list of them, or None")
+    whole = all(type(token) is int for token in ids)
+    require(whole, f"eos_token_id={given!r}: must be a token id, a list of them, or None")
     return [] if -1 in ids else list(ids)
 
 class Continuation:
@@ -1410,8 +1411,7 @@ class Continuation:
         self, config: DeepseekV3Config, rows: int, most: int, eos_token_id: int | list[int] | None,
         streamer: Callable | None, statistics: list | None,
     ) -> None:  # fmt: skip
-        if streamer is not None and not callable(streamer):
-            raise ValueError(f"{streamer=}: must be a function of token ids")
+        require(streamer is None or callable(streamer), f"{streamer=}: must be a function of token ids")
         self.most, self.streamer = most, streamer
         self.statistics = [] if statistics is None else statistics
         self.stops = stop_ids(config, eos_token_id)
@@ -1550,8 +1550,8 @@ def generate(
     check_inputs(input_ids, None, model.config)
     if attention_mask is not None:
         check_tensor("attention_mask", attention_mask, MASKS, tuple(input_ids.shape))
-    if type(max_new_tokens) is not int or max_new_tokens < 0:
-        raise ValueError(f"{max_new_tokens=}: must be a whole number, 0 or more")
+    whole = type(max_new_tokens) is int and max_new_tokens >= 0
+    require(whole, f"{max_new_tokens=}: must be a whole number, 0 or more")
     text = Continuation(model.config, len(input_ids), max_new_tokens, eos_token_id, *sinks)
     most_drafts = drafts_per_step(model, *drafts)
     with evaluating(model):
@@ -1560,13 +1560,12 @@ def generate(
 
 def drafts_per_step(model: DeepseekV3ForCausalLM, use_mtp: bool, num_draft_tokens: int | None) -> int:
     """Tokens to draft per step, 0 without use_mtp; ValueError for what cannot be asked for."""
-    if use_mtp and not model.mtp_blocks:
-        hint = "train one with num_nextn_predict_layers=1, or load a checkpoint that has them"
-        raise ValueError(f"use_mtp=True, but the model has no MTP modules: {hint}")
+    hint = "train one with num_nextn_predict_layers=1, or load a checkpoint that has them"
+    require(model.mtp_blocks or not use_mtp, f"use_mtp=True, but the model has no MTP modules: {hint}")
     if num_draft_tokens is None:
         return len(model.mtp_blocks) if use_mtp else 0
-    if not (type(num_draft_tokens) is int and num_draft_tokens >= 1 and use_mtp):
-        raise ValueError(f"{num_draft_tokens=}, {use_mtp=}: must be 1 or more, with use_mtp=True")
+    drafts = type(num_draft_tokens) is int and num_draft_tokens >= 1 and use_mtp
+    require(drafts, f"{num_draft_tokens=}, {use_mtp=}: must be 1 or more, with use_mtp=True")
     return num_draft_tokens
 
 # ---- 12. Checkpoints, in the released layout ----------------------------------------------------
@@ -1574,11 +1573,6 @@ def drafts_per_step(model: DeepseekV3ForCausalLM, use_mtp: bool, num_draft_token
 # Switches that the whole family has in one position; other positions are refused.
 FIXED_KEYS = {"model_type": "deepseek_v3", "hidden_act": "silu", "attention_dropout": 0.0}
 FIXED_KEYS |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
-
-def require(holds, otherwise):
-    """ValueError that says what is wrong, unless it `holds`."""
-    if not holds:
-        raise ValueError(otherwise)
 
 def config_values(given):
     """The fields of a config and `extra`, from keywords in any of the spellings in use."""
