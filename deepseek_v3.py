@@ -2223,7 +2223,7 @@ def start_processes(device):
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return (dist.get_rank(), dist.get_world_size(), device) if dist.is_initialized() else (0, 1, device)
 
-def distribute(model, device):
+def shard(model, device):
     """Split parameters and optimizer state over the processes; on a GPU, compute in bfloat16 too."""
     import torch.distributed as dist
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -2302,7 +2302,7 @@ class Trainer:
         windows = self.corpus.windows  # a batch holds none twice
         require(options.batch <= windows, f"--batch {options.batch}: the text has {windows} windows")
         torch.manual_seed(options.seed)
-        self.model = distribute(DeepseekV3ForCausalLM(self.config), self.device)
+        self.model = shard(DeepseekV3ForCausalLM(self.config), self.device)
         self.model.gradient_checkpointing = options.recompute
         self.optimizer = adamw(self.model, options.lr)
         load_state(self)

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from helpers import V3, build, tokens
+from helpers import MOONLIGHT, V3, build, tokens
 
 import deepseek_v3
 from deepseek_v3 import (
@@ -40,10 +40,8 @@ FORWARD = [
     (dict(input_ids="text"), "input_ids: str"),
     (dict(input_ids=IDS.numpy()), "input_ids: ndarray"),
     (dict(input_ids=IDS.float()), "input_ids: torch.float32"),
-    (dict(input_ids=IDS.bool()), "input_ids: torch.bool"),
     (dict(input_ids=IDS.to(torch.int16)), "input_ids: torch.int16"),
     (dict(input_ids=IDS[0]), "input_ids: torch.int64 of shape (4,)"),
-    (dict(input_ids=IDS[None]), "input_ids: torch.int64 of shape (1, 2, 4)"),
     (dict(input_ids=IDS[:0]), "input_ids: torch.int64 of shape (0, 4)"),
     (dict(input_ids=IDS[:, :0]), "input_ids: torch.int64 of shape (2, 0)"),
     (dict(input_ids=IDS + 2**62), "input_ids hold"),
@@ -51,7 +49,6 @@ FORWARD = [
     (dict(input_ids=None, inputs_embeds=torch.zeros(2, 4, D - 1)), "inputs_embeds"),
     (dict(input_ids=None, inputs_embeds=torch.zeros(2, D)), "inputs_embeds"),
     (dict(input_ids=None, inputs_embeds=torch.zeros(2, 4, D).long()), "inputs_embeds"),
-    (dict(input_ids=None, inputs_embeds=torch.zeros(2, 0, D)), "inputs_embeds"),
     (dict(input_ids=None, inputs_embeds=[[[0.0] * D]]), "inputs_embeds: list"),
     (dict(attention_mask=[[1] * 4] * 2), "attention_mask: list"),
     (dict(attention_mask=torch.ones(2, 3, 4, 4)), "attention_mask: torch.float32 of shape (2, 3, 4, 4)"),
@@ -60,7 +57,6 @@ FORWARD = [
     (dict(attention_mask=torch.ones(2, 1, 4, 4).long()), "attention_mask: torch.int64 of shape (2, 1, 4, 4)"),
     (dict(attention_mask=torch.ones(4)), "attention_mask: torch.float32 of shape (4,)"),
     (dict(attention_mask=torch.tensor([[0, 0, 0, -math.inf]] * 2)), "attention_mask"),
-    (dict(attention_mask=torch.full((2, 4), math.nan)), "attention_mask"),
     (dict(attention_mask=torch.full((2, 4), 2)), "attention_mask"),
     (dict(position_ids=[0, 1, 2, 3]), "position_ids: list"),
     (dict(position_ids=torch.arange(4)), "position_ids: torch.int64 of shape (4,)"),
@@ -106,7 +102,7 @@ def test_class_labels_that_cannot_work_are_named(cls, num_labels, labels):
 
 # ---- Generation ----
 
-GENERATE = [("max_new_tokens", value) for value in (2.5, "3", None, True, math.nan, -1)]
+GENERATE = [("max_new_tokens", value) for value in (2.5, "3", True, -1)]
 GENERATE += [("temperature", value) for value in ("1", None, math.inf, math.nan, 0)]
 GENERATE += [("top_k", 2.5), ("top_k", "3"), ("top_p", "0.5"), ("top_p", None), ("min_p", "0"), ("min_p", math.nan)]
 GENERATE += [("eos_token_id", value) for value in ("</s>", 1.0, [1, "2"], [None], [[1]])]
@@ -137,14 +133,6 @@ def test_a_broken_model_is_not_sampled_from():
     refuses("logits", model.generate, IDS, do_sample=True)
 
 
-def test_a_bound_that_is_never_reached_takes_no_memory(model):
-    def streamer(token):
-        raise InterruptedError
-
-    with pytest.raises(InterruptedError):
-        model.generate(IDS, max_new_tokens=10**15, streamer=streamer)
-
-
 # ---- Loading and saving ----
 
 
@@ -159,7 +147,7 @@ LOAD = [("num_hidden_layers", value) for value in ("2", 2.0, True, 0, -1, 4, HUG
 LOAD += [("dtype", value) for value in ("auto", "bfloat16", 16, torch.float16, torch.int8, deepseek_v3.FP8)]
 LOAD += [("device_map", value) for value in ("nowhere", 99, -1, 1.5, [], "cuda:99", {"": "nowhere"}, {}, {5: "cpu"})]
 LOAD += [("device_map", {"model.layers.9": "cpu"}), ("device_map", "mps"), ("device_map", "disk")]
-LOAD += [("max_memory", value) for value in ({0: "many"}, {"cpu": None}, {"cpu": HUGE}, {"cpu": -1}, ["cpu"], "8GB")]
+LOAD += [("max_memory", value) for value in ({0: "many"}, {"cpu": None}, {"cpu": -1}, {"disk": 1}, "8GB")]
 LOAD += [("hidden_size", "32")]
 
 
@@ -205,12 +193,11 @@ def test_an_argument_of_save_pretrained_that_cannot_work_is_named(tmp_path, name
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("number", [math.nan, math.inf])
-def test_what_fp8_cannot_hold_is_named_and_the_older_checkpoint_stays(tmp_path, number):
+def test_what_fp8_cannot_hold_is_named_and_the_older_checkpoint_stays(tmp_path):
     older, model = build(seed=1), build(seed=2)
     older.save_pretrained(tmp_path)
     with torch.no_grad():
-        model.model.layers[1].mlp.experts.up_proj[3, 0, 0] = number
+        model.model.layers[1].mlp.experts.up_proj[3, 0, 0] = math.nan
     name = "model.layers.1.mlp.experts.3.up_proj.weight"
     refuses(name, model.save_pretrained, tmp_path, quantize="fp8")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
@@ -220,14 +207,6 @@ def test_what_fp8_cannot_hold_is_named_and_the_older_checkpoint_stays(tmp_path, 
 def test_a_model_without_numbers_is_not_saved(tmp_path):
     refuses("meta", build().to("meta").save_pretrained, tmp_path / "new")
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("config", [dict(num_hidden_layers=40), dict(n_routed_experts=9000)])
-def test_layers_and_experts_that_are_not_there_are_told_so(tmp_path, config):
-    build(num_nextn_predict_layers=0, n_group=1, topk_group=1).save_pretrained(tmp_path)
-    content = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(content | config))
-    refuses("missing", DeepseekV3ForCausalLM.from_pretrained, tmp_path)
 
 
 # ---- Commands ----
@@ -240,8 +219,11 @@ def places(tmp_path_factory):
     (root / "text").mkdir()
     (root / "text/a.txt").write_text("some text, some more text\n" * 400)
     (root / "empty").mkdir()
+    (root / "empty.txt").write_bytes(b"")
+    (root / "bytes.txt").write_bytes(b"\xff\xfe\x00bad")
     (root / "broken.json").write_text("{")
     (root / "odd.json").write_text(json.dumps({"hidden_size": "wide"}))
+    (root / "moonlight.json").write_text(json.dumps(MOONLIGHT))
     (root / "huge.json").write_text(json.dumps(V3 | {"num_hidden_layers": 10**9}))
     (root / "v3.json").write_text(json.dumps(V3 | {"hidden_size": 700_000}))
     build().save_pretrained(root / "no_tokenizer")
@@ -265,10 +247,7 @@ COMMANDS = [
     ("generate {root}/model hi --max-new-tokens -1", "--max-new-tokens: -1"),
     ("generate {root}/model hi --max-new-tokens many", "--max-new-tokens"),
     ("generate {root}/model hi --temperature nan", "--temperature: nan"),
-    ("generate {root}/model hi --temperature -1", "--temperature: -1"),
-    ("generate {root}/model hi --temperature inf", "--temperature: inf"),
     ("generate {root}/model hi --seed 1" + "0" * 30, "--seed"),
-    ("generate {root}/model hi --seed -1", "--seed: -1"),
     ("generate {root}/model hi --draft-tokens 0 --mtp", "draft"),
     ("generate {root}/model hi --draft-tokens 2", "draft"),
     ("generate {root}/model hi --chat", "chat template"),
@@ -276,22 +255,20 @@ COMMANDS = [
     ("info {root}/broken.json", "broken.json"),
     ("info {root}/odd.json", "hidden_size='wide'"),
     ("info {root}/huge.json", "num_hidden_layers"),
+    ("info {root}/moonlight.json --gpus 1000 --gpu-memory 1", "one layer takes"),
     ("info {root}/model --gpus 0", "--gpus: 0"),
-    ("info {root}/model --gpus -1", "--gpus: -1"),
     ("info {root}/model --gpus 1000000000", "--gpus"),
     ("info {root}/model --gpus 2 --gpu-memory nan", "--gpu-memory: nan"),
-    ("info {root}/model --gpus 2 --gpu-memory inf", "--gpu-memory: inf"),
     ("info {root}/model --gpus 2 --gpu-memory 0", "--gpu-memory: 0"),
     ("train --data {root}/empty", "empty"),
     ("train --data nowhere", "nowhere"),
+    ("train --data {root}/empty.txt --vocab-size 270", "too short"),
+    ("train --data {root}/bytes.txt --vocab-size 270", "bytes.txt: not UTF-8"),
     ("train --steps 0", "--steps: 0"),
-    ("train --steps many", "--steps"),
     ("train --length 3", "--length: 3"),
     ("train --batch 1000000000000", "--batch"),
     ("train --warmup nan", "--warmup: nan"),
-    ("train --warmup -1", "--warmup: -1"),
     ("train --gamma nan", "--gamma: nan"),
-    ("train --gamma -1", "--gamma: -1"),
     ("train --batch-ramp 0.5", "--batch-ramp"),
     ("train --fp8", "--fp8"),
     ("train --batch -4", "--batch: -4: must be in 1"),
@@ -299,13 +276,10 @@ COMMANDS = [
     ("train --vocab-size 100", "--vocab-size: 100"),
     ("train --lr inf", "--lr: inf"),
     ("train --vocab-size 1" + "0" * 30, "--vocab-size"),
-    ("train --seed 1" + "0" * 30, "--seed"),
     ("train --keep 0", "--keep: 0"),
     ("train --device nowhere", "--device"),
     ("train --device cuda:99", "--device"),
-    ("train --device disk", "--device"),
     ("train --config {root}/broken.json", "broken.json"),
-    ("train --config {root}/odd.json", "hidden_size='wide'"),
     ("train --config {root}/huge.json", "num_hidden_layers"),
     ("train --config nowhere.json", "nowhere.json"),
 ]

@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from helpers import FAMILY, MOONLIGHT, V3, YARN, tiny
+from helpers import FAMILY, V3, YARN, tiny
 
 from deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM, DeepseekV3Model
 
@@ -24,17 +24,12 @@ def write(directory, content):
 
 
 def test_the_defaults_are_the_released_671b_model():
-    config = DeepseekV3Config()
-    assert {key: getattr(config, key) for key in V3.keys() & FIELDS} == {
-        key: V3[key] for key in V3.keys() & FIELDS
+    """What it leaves out: λ of the first 10T tokens and α (§4.2); no pad id, two labels."""
+    config, left_out = DeepseekV3Config(), dict(mtp_loss_weight=0.3, balance_loss_weight=0.0001)
+    expected = V3 | left_out | dict(pad_token_id=None, num_labels=2)
+    assert {key: getattr(config, key) for key in expected.keys() & FIELDS} == {
+        key: expected[key] for key in expected.keys() & FIELDS
     }
-
-
-def test_fields_that_the_release_leaves_out_default_to_the_report():
-    """λ of the first 10T tokens and α (§4.2); no pad id, two labels."""
-    config = DeepseekV3Config()
-    assert (config.mtp_loss_weight, config.balance_loss_weight) == (0.3, 0.0001)
-    assert (config.pad_token_id, config.num_labels) == (None, 2)
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -46,7 +41,8 @@ def test_a_released_config_reads_as_it_is_and_every_key_is_written_back(name, tm
     config.save_pretrained(tmp_path / "again")
     written = json.loads((tmp_path / "again" / "config.json").read_text())
     assert {key: written.get(key) for key in released} == released
-    assert DeepseekV3Config.from_pretrained(tmp_path / "again") == config
+    again = DeepseekV3Config.from_pretrained(tmp_path / "again", num_hidden_layers=2)  # which wins over the file
+    assert again.to_dict() == config.to_dict() | {"num_hidden_layers": 2}
 
 
 def test_a_whole_file_without_yarn_and_mtp_has_neither():
@@ -54,21 +50,6 @@ def test_a_whole_file_without_yarn_and_mtp_has_neither():
     config = DeepseekV3Config(**bare)
     assert config.rope_scaling is None
     assert config.num_nextn_predict_layers == 0
-
-
-@pytest.mark.parametrize("changes", [{}, {"num_hidden_layers": 2, "new_key": [1, {"a": None}]}])
-def test_round_trip(changes, tmp_path):
-    config = tiny(**changes)
-    config.save_pretrained(tmp_path)
-    again = DeepseekV3Config.from_pretrained(tmp_path)
-    assert again == config
-    assert again.to_dict() == config.to_dict()
-
-
-def test_overrides_win_over_the_file(tmp_path):
-    config = DeepseekV3Config.from_pretrained(write(tmp_path, V3), num_hidden_layers=2)
-    assert config.num_hidden_layers == 2
-    assert config.hidden_size == 7168
 
 
 def test_the_tiny_preset_has_every_mechanism_and_3_6_million_parameters():
@@ -240,16 +221,13 @@ def test_the_error_names_the_field_and_its_value_and_says_what_would_be_right(fi
         {"rope_scaling": YARN | {"factor": 1e-6}},
         {"rope_scaling": YARN | {"factor": 1e9}},
         {"vocab_size": 10**6, "max_position_embeddings": 10**12},
-        {"initializer_range": 0},
-        {"routed_scaling_factor": 1},
-        {"rms_norm_eps": 1},
-        {"first_k_dense_replace": 0},
-        {"num_nextn_predict_layers": 0},
-        {"n_shared_experts": 0},
+        {"initializer_range": 0, "routed_scaling_factor": 1, "rms_norm_eps": 1},
+        {"first_k_dense_replace": 0, "num_nextn_predict_layers": 0, "n_shared_experts": 0},
         {"n_shared_experts": None},
         {"num_experts_per_tok": 128},  # all that 4 groups of 32 hold
         {"topk_group": 8},
         {"n_group": 128, "topk_group": 128},  # 2 experts a group
+        {"n_group": 1, "topk_group": 1, "n_routed_experts": 1, "num_experts_per_tok": 1},
         {"hidden_size": 1, "num_labels": 1, "q_lora_rank": 1},
         {"bos_token_id": None, "eos_token_id": None, "pad_token_id": -1},
         {"eos_token_id": [1, 2], "bos_token_id": 0},
@@ -303,11 +281,6 @@ def test_yarn_settings_left_open_take_their_usual_values(empty):
     assert usual[2] == pytest.approx(14**-0.5)
 
 
-def test_one_group_needs_no_second_expert():
-    config = DeepseekV3Config(n_group=1, topk_group=1, n_routed_experts=1, num_experts_per_tok=1)
-    assert config.n_routed_experts == 1
-
-
 BROKEN = ["{", "", "[1, 2]", "null", '"text"', "[" * 100_000, b"\xff\xfe\x00{"]
 
 
@@ -316,16 +289,6 @@ def test_a_broken_file_is_named(content, tmp_path):
     (tmp_path / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=r"config\.json"):
         DeepseekV3Config.from_pretrained(tmp_path)
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"config\.json"):
-        DeepseekV3Config.from_pretrained(tmp_path)
-
-
-def test_a_wrong_value_in_a_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match="topk_group=3"):
-        DeepseekV3Config.from_pretrained(write(tmp_path, MOONLIGHT | {"topk_group": 3}))
 
 
 OTHERS = ["fp8", {"quant_method": "gptq"}, {"fmt": "e5m2"}, {"weight_block_size": [64, 64]}]

@@ -17,7 +17,7 @@ import torch
 from helpers import build, filtered, greedy, pad, tokens
 
 import deepseek_v3
-from deepseek_v3 import MLA, Continuation, Drafter
+from deepseek_v3 import Continuation, Drafter
 
 SOURCE = Path(deepseek_v3.__file__).read_text(encoding="utf-8")
 LENGTHS = (1, 7, 3, 5)  # of the prompts in a batch
@@ -31,8 +31,8 @@ def trained():
     optimizer = torch.optim.AdamW(model.train().parameters(), 5e-3)
     random = torch.Generator().manual_seed(0)
     following = torch.randint(61, (61, 2), generator=random)
-    for _ in range(90):
-        ids = walks(following, 16, 24, random)
+    for _ in range(60):
+        ids = walks(following, 16, 16, random)
         model(ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -74,23 +74,21 @@ def expected(model, ids, mask, new, stops=()):
 # ---- Greedy ---------------------------------------------------------------------------------------
 
 
-MODELS = [(1, 1, "left"), (1, 4, "one row"), (2, 1, "right"), (2, 4, "left"), (3, 1, "one row")]
-MODELS += [(3, 4, "right")]
-
-
-@pytest.mark.parametrize("modules, layers, side", MODELS)
+@pytest.mark.parametrize("modules, layers, side", [(1, 1, "left"), (2, 2, "one row"), (3, 1, "right")])
 def test_greedy_tokens_of_random_weights(modules, layers, side):
     model = build(num_hidden_layers=layers, num_nextn_predict_layers=modules)
     ids, mask = prompts(side)
     stops = [7, 8, 9]
     right = expected(model, ids, mask, NEW, stops)
-    for K in (1, 2, 4, 6):
+    for K in (1, 2, 5):
         draft = dict(use_mtp=True, num_draft_tokens=K, eos_token_id=stops, max_new_tokens=NEW)
         assert torch.equal(model.generate(ids, mask, **draft), right), K
 
 
-@pytest.mark.parametrize("side", ["left", "right", "one row"])
-@pytest.mark.parametrize("K", [1, 2, 3, 4, 6])
+TRAINED = [(1, "left"), (2, "right"), (3, "one row"), (4, "left"), (6, "right")]
+
+
+@pytest.mark.parametrize("K, side", TRAINED)
 def test_greedy_tokens_of_trained_weights(trained, K, side):
     ids, mask = prompts(side)
     right = expected(trained, ids, mask, NEW)
@@ -102,12 +100,12 @@ def test_greedy_tokens_of_trained_weights(trained, K, side):
     assert max(accepted) == min(K, 3) if K <= 3 else max(accepted) > 3
 
 
-@pytest.mark.parametrize("K", [1, 3, 6])
+@pytest.mark.parametrize("K", [3, 6])
 def test_the_end_of_a_text_inside_a_draft(trained, K):
     """Each token of each row in turn ends the text: some do so behind accepted drafts."""
     ids, mask = prompts("left")
     inside = 0
-    for stop in expected(trained, ids, mask, 6)[:, -5:].flatten().unique()[:7].tolist():
+    for stop in expected(trained, ids, mask, 6)[:, -5:].flatten().unique()[:4].tolist():
         steps = []
         draft = dict(use_mtp=True, num_draft_tokens=K, eos_token_id=stop, statistics=steps)
         out = trained.generate(ids, mask, max_new_tokens=12, **draft)
@@ -117,8 +115,7 @@ def test_the_end_of_a_text_inside_a_draft(trained, K):
     assert inside, "no text ended before the last accepted draft"
 
 
-@pytest.mark.parametrize("K", [1, 4])
-@pytest.mark.parametrize("new", [0, 1, 2, 3, 7])
+@pytest.mark.parametrize("K, new", [(1, 0), (4, 1), (1, 2), (4, 3), (4, 7)])
 def test_exactly_as_many_tokens_as_asked(trained, new, K):
     """Nothing random is drawn for them, and the mask that was given is left alone."""
     (ids, mask), random = prompts("right"), torch.Generator().manual_seed(5)
@@ -159,12 +156,11 @@ def fresh_latents(model, known):
             return latents + [torch.zeros(0)] * (len(model.mtp_blocks) - len(latents))
         context = main.context(torch.arange(hidden.shape[1])[None], None, None, cache)
         hidden, *_ = block(hidden, main.embed_tokens(known[None, k:]), context)
-        latents.append(cache.layers[block.self_attn.layer_idx][0, : hidden.shape[1]])
+        latents.append(cache.layers[0][0, : hidden.shape[1]])
     return latents
 
 
-DRAFTS = [(1, 1, "left"), (1, 4, "right"), (1, 4, "one row"), (3, 2, "right"), (3, 2, "one row")]
-DRAFTS += [(3, 3, "left"), (3, 3, "right"), (3, 6, "left"), (3, 6, "one row")]
+DRAFTS = [(1, 1, "left"), (1, 4, "one row"), (3, 2, "right"), (3, 3, "left"), (3, 6, "right")]
 
 
 @pytest.mark.parametrize("modules, K, side", DRAFTS)
@@ -183,8 +179,8 @@ def test_caches_are_what_a_fresh_pass_makes(trained, modules, K, side, monkeypat
     def watch(self, window, hidden, known, last, token, count):
         drafts, q = draft(self, window, hidden, known, last, token, count)
         caches = []
-        for i, cache in enumerate(self.caches[:count]):
-            held = cache.layers[model.mtp_blocks[i].self_attn.layer_idx][:, : cache.length].clone()
+        for cache in self.caches[:count]:
+            held = cache.layers[0][:, : cache.length].clone()
             documents = torch.ones_like(held[..., 0]) if cache.documents is None else cache.documents
             caches.append((held, documents > 0))
         calls.append((ended[-1], hidden, known, last, drafts, q, caches))
@@ -193,7 +189,7 @@ def test_caches_are_what_a_fresh_pass_makes(trained, modules, K, side, monkeypat
     monkeypatch.setattr(Drafter, "draft", watch)
     monkeypatch.setattr(Continuation, "add", watch_ends)
     sample = dict(do_sample=True, eos_token_id=-1, generator=torch.Generator().manual_seed(3))
-    draft_more = dict(use_mtp=True, num_draft_tokens=K, max_new_tokens=22)
+    draft_more = dict(use_mtp=True, num_draft_tokens=K, max_new_tokens=14)
     out = model.generate(ids, mask, **sample, **draft_more)
     assert len(calls) > 2
     assert side == "one row" or any(not known[:, ids.shape[1] :].all() for _, _, known, *_ in calls)
@@ -213,7 +209,7 @@ def test_caches_are_what_a_fresh_pass_makes(trained, modules, K, side, monkeypat
                 torch.testing.assert_close(held[b, real[b]], right, rtol=1e-3, atol=1e-4)
 
 
-def test_holes_are_bounded_by_the_best_row(trained, monkeypatch):
+def test_holes_are_bounded_by_the_best_row_and_statistics_count_rows_and_steps(trained, monkeypatch):
     """A step takes as many slots as its best row gains tokens."""
     lengths, draft = [], Drafter.draft
 
@@ -227,16 +223,11 @@ def test_holes_are_bounded_by_the_best_row(trained, monkeypatch):
     draft_more = dict(use_mtp=True, num_draft_tokens=3, max_new_tokens=30, eos_token_id=-1)
     trained.generate(ids, mask, statistics=steps, **draft_more)
     assert lengths[-1] > ids.shape[1] + 30 - 4
-    assert lengths[-1] <= ids.shape[1] + sum(n + 1 for _, n in steps)
-
-
-def test_drafts_are_verified_in_the_latent_space(trained, monkeypatch):
-    calls, forward, absorb = [], MLA.forward, MLA.attend_absorbed
-    monkeypatch.setattr(MLA, "forward", lambda self, x, *a: calls.append(x.shape[1]) or forward(self, x, *a))
-    monkeypatch.setattr(MLA, "attend_absorbed", lambda self, *a: calls.append("absorbed") or absorb(self, *a))
-    trained.generate(tokens(1, 20), max_new_tokens=10, use_mtp=True, num_draft_tokens=2)
-    behind = [after for size, after in zip(calls, calls[1:], strict=False) if size == 3]
-    assert behind and set(behind) == {"absorbed"}
+    gained = sum(accepted + 1 for _, accepted in steps)
+    assert lengths[-1] <= ids.shape[1] + gained
+    assert all(0 <= accepted <= drafted <= 3 for drafted, accepted in steps)
+    # All but a row's first token, its last if that was not drafted for, and what stood past the end.
+    assert 28 * len(ids) <= gained <= (29 + 3) * len(ids)
 
 
 # ---- Sampling -------------------------------------------------------------------------------------
@@ -299,8 +290,10 @@ def surprise(model, filters, K, rows=ROWS, prompt=(3, 1, 4)):
 LIMIT = 4.0  # standard deviations; one test in thousands of right ones is above
 
 
-@pytest.mark.parametrize("name", FILTERS)
-@pytest.mark.parametrize("modules, K", [(1, 1), (1, 2), (2, 2)])
+DRAWN = [(1, 1, "temperature"), (1, 2, "top-k"), (2, 2, "top-p"), (1, 1, "min-p"), (1, 2, "all"), (2, 2, "all")]
+
+
+@pytest.mark.parametrize("modules, K, name", DRAWN)
 def test_sampled_tokens_have_the_main_models_joint_distribution(name, modules, K):
     assert surprise(small(modules=modules), FILTERS[name], K) < LIMIT
 
@@ -353,8 +346,7 @@ def test_each_shortcut_is_noticed(name, tmp_path):
 # ---- Streaming, statistics, errors ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("side", ["left", "one row"])
-@pytest.mark.parametrize("use_mtp", [False, True])
+@pytest.mark.parametrize("use_mtp, side", [(False, "left"), (True, "left"), (True, "one row")])
 def test_columns_are_streamed_in_order(trained, use_mtp, side):
     ids, mask = prompts(side)
     seen = []
@@ -376,17 +368,6 @@ def test_a_single_row_streams_each_token_once_it_is_accepted(trained, monkeypatc
     assert gained[: len(steps)] == [n + 1 for _, n in steps][: len(gained) - 1] + gained[-1:]
 
 
-def test_statistics_are_counted_by_row_and_step(trained):
-    ids, mask = prompts("left")
-    steps = []
-    draft = dict(use_mtp=True, num_draft_tokens=4, max_new_tokens=40, eos_token_id=-1)
-    trained.generate(ids, mask, statistics=steps, **draft)
-    assert all(0 <= accepted <= drafted <= 4 for drafted, accepted in steps)
-    gained = sum(accepted + 1 for _, accepted in steps)
-    # All but a row's first token, its last if that was not drafted for, and what stood past the end.
-    assert 39 * len(ids) - len(ids) <= gained <= 39 * len(ids) + 4 * len(ids)
-
-
 def test_what_drafting_needs_is_named(trained):
     with pytest.raises(ValueError, match="use_mtp=True"):
         trained.generate(tokens(1, 4), num_draft_tokens=2)
@@ -394,9 +375,3 @@ def test_what_drafting_needs_is_named(trained):
     with pytest.raises(ValueError, match="num_nextn_predict_layers=1.*checkpoint"):
         model.generate(tokens(1, 4), use_mtp=True)
     assert model.generate(tokens(1, 4), max_new_tokens=2, eos_token_id=-1).shape == (1, 6)
-
-
-def test_bfloat16_drafts():
-    model = build(num_nextn_predict_layers=1).to(torch.bfloat16)
-    out = model.generate(tokens(2, 6), max_new_tokens=9, use_mtp=True, num_draft_tokens=2, eos_token_id=-1)
-    assert out.shape == (2, 15)

@@ -1,5 +1,6 @@
 """Kills, interrupts and full disks at moments that nobody chose: what was saved stays whole."""
 
+import contextlib
 import json
 import os
 import signal
@@ -17,16 +18,15 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 # A process that forks: its children are killed, and start without importing anything.
 HEAD = """
-import json, os, random, resource, signal, sys, time
+import json, os, random, resource, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import deepseek_v3
-from helpers import build, tokens
 folder, rng = Path(sys.argv[1]), random.Random(0)
 
-def forked(work, seconds=None, changes=None):
-    # Run work in a child, killed after so many seconds, or before so many changes to the file system.
+def forked(work, changes=None):
+    # Run work in a child, killed before so many changes to the file system.
     child = os.fork()
     if child == 0:
         sys.stdout, status = open(os.devnull, "w"), 1
@@ -39,9 +39,6 @@ def forked(work, seconds=None, changes=None):
             status = stop.code
         finally:
             os._exit(status)
-    if seconds is not None:
-        time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
     return os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
 
@@ -66,45 +63,6 @@ def run(script, *args):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
-
-
-SAVING = """
-models = [build(seed=1), build(seed=2, routed_scaling_factor=1.5)]
-answers = [model(tokens(1, 6)).logits for model in models]
-sizes = ["5GB", "60KB", "40KB"]
-
-def found():
-    logits = deepseek_v3.DeepseekV3ForCausalLM.from_pretrained(folder)(tokens(1, 6)).logits
-    return [torch.equal(logits, answer) for answer in answers].index(True)
-
-def save(first):
-    for turn in range(first, 10**9):
-        models[turn % 2].save_pretrained(folder, max_shard_size=sizes[turn % 3])
-
-def full():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))  # larger files fail as on a full disk
-    try:
-        models[1].save_pretrained(folder, max_shard_size="60KB")
-    except OSError as error:
-        sys.exit(7 if str(folder) in str(error) else 8)
-
-models[0].save_pretrained(folder)
-seen = []
-for kill in range(25):
-    assert forked(lambda: save(rng.randrange(6)), rng.uniform(0, 0.08)) is None
-    seen.append(found())
-models[0].save_pretrained(folder, max_shard_size="60KB")
-files = sorted(os.listdir(folder))
-statuses = [forked(full) for turn in range(3)]
-print(json.dumps([seen, statuses, found(), files == sorted(os.listdir(folder)), files]))
-"""
-
-
-def test_kills_and_a_full_disk_while_saving_leave_a_whole_checkpoint(tmp_path):
-    (seen, statuses, found, same_files, files), _ = run(SAVING, tmp_path)
-    assert len(seen) == 25 and set(seen) == {0, 1}
-    assert statuses == [7, 7, 7] and found == 0 and same_files
-    assert not [name for name in files if name.startswith(".")]
 
 
 CONFIG = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, q_lora_rank=None, kv_lora_rank=8)
@@ -132,7 +90,7 @@ def lines(out):
 train("whole")  # here, so that whatever is imported late is there for the children
 steps, status = [], None
 while status is None:
-    changes = rng.randrange(1, 30) if len(steps) < 20 else None
+    changes = rng.randrange(1, 40) if len(steps) < 12 else None
     status = forked(lambda: train("killed", "--resume"), changes=changes)
     states = sorted((folder / "killed/states").glob("step-????????"))
     steps.append(int(states[-1].name[5:]) if states else 0)
@@ -142,13 +100,14 @@ print(json.dumps([steps, status, lines("killed") == lines("whole"), *said]))
 
 
 def test_a_run_killed_again_and_again_ends_like_one_that_was_not(tmp_path):
-    """At moments when a file is written, renamed or removed; up to twenty times."""
+    """At moments when a file is written, renamed or removed; up to twelve times."""
     (tmp_path / "text.txt").write_text("".join(f"line {i} of {i * i}, and so on\n" for i in range(300)))
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     (steps, status, same, killed_said, full, said), _ = run(TRAINING, tmp_path, FLAGS)
     assert status == 0 and same, killed_said
-    assert steps == sorted(steps) and len(steps) > 9 and len(set(steps)) > 4, steps
+    assert steps == sorted(steps) and len(steps) > 6 and len(set(steps)) > 4, steps
     assert full == 2 and "Traceback" not in said and said.splitlines()[-1].startswith("deepseek_v3.py:"), said
+    assert ".tmp: cannot be written, older states are kept" in said and not list(tmp_path.glob("full/states/*"))
 
 
 def test_ctrl_c_ends_generation_with_the_line(tmp_path):
@@ -167,15 +126,20 @@ def test_ctrl_c_ends_generation_with_the_line(tmp_path):
     assert not errors and rest.endswith(b"\n") and not rest.endswith(b"\n\n")
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_ctrl_c_in_the_library_restores_the_training_mode(training):
-    model, before = build().train(training), signal.signal(signal.SIGINT, signal.default_int_handler)
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_generate_gives_each_module_its_own_mode_back(interrupted):
+    """And a bound that is never reached takes no memory."""
+    model, before = build().train(), signal.signal(signal.SIGINT, signal.default_int_handler)
+    model.model.layers[0].eval()
+    model.model.layers[1].mlp.eval()
+    modes = [module.training for module in model.modules()]
 
     def streamer(token):
         signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        model.generate(tokens(1, 2), streamer=streamer, eos_token_id=-1)
+    with pytest.raises(KeyboardInterrupt) if interrupted else contextlib.nullcontext():
+        given = dict(max_new_tokens=10**15, streamer=streamer) if interrupted else dict(max_new_tokens=2)
+        model.generate(tokens(1, 2), eos_token_id=-1, **given)
     signal.signal(signal.SIGINT, before)
-    assert all(module.training is training for module in model.modules())
+    assert [module.training for module in model.modules()] == modes and len(set(modes)) == 2
     assert not any(module._forward_hooks for module in model.modules())

@@ -68,21 +68,10 @@ def test_sampling_from_one_token_is_greedy(model, narrow):
     assert torch.equal(sampled, model.generate(ids, max_new_tokens=8))
 
 
-SETTINGS = [
-    {},
-    {"temperature": 0.5},
-    {"temperature": 3.0},
-    {"top_k": 3},
-    {"top_k": 1000},
-    {"top_p": 0.6},
-    {"top_p": 0.05},
-    {"min_p": 0.2},
-    {"temperature": 0.7, "top_k": 10, "top_p": 0.8},
-    {"temperature": 1.5, "top_k": 12, "top_p": 0.9, "min_p": 0.15},
-]
+ALL_FILTERS = {"temperature": 1.5, "top_k": 12, "top_p": 0.9, "min_p": 0.15}
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("settings", [{"top_k": 1000}, {"top_p": 0.6}, {"min_p": 0.2}, ALL_FILTERS], ids=str)
 def test_the_distribution_keeps_the_right_set_and_sums_to_one(settings):
     logits = 2 * torch.randn(4, 5, 20, generator=torch.Generator().manual_seed(0))
     probs = Sampling(do_sample=True, **settings).distribution(logits)
@@ -95,9 +84,7 @@ def test_the_distribution_keeps_the_right_set_and_sums_to_one(settings):
     ("settings", "logits", "probabilities"),
     [
         ({"do_sample": False}, [0.1, 2.0, -1.0], [0, 0, 1]),
-        ({"top_k": 1}, [1.0, 1.0, 1.0, 0.0], [0, 0, 0, 1]),
         ({"top_k": 2}, [1.0, 1.0, 1.0, 0.0], [0, 0, 0.5, 0.5]),
-        ({"top_k": 3}, [1.0, 1.0, 1.0, 0.0], [0, 1 / 3, 1 / 3, 1 / 3]),
         ({"top_p": 0.5}, [0.0] * 8, [0] * 4 + [0.25] * 4),
         ({"top_p": 0.999}, [0.0, -math.inf, 0.0], [0, 0.5, 0.5]),
     ],
@@ -115,15 +102,6 @@ def test_probabilities_of_a_bfloat16_model_are_float32():
     probs = Sampling(do_sample=True).distribution(logits)
     assert probs.dtype == torch.float32
     torch.testing.assert_close(probs.sum(), torch.ones(()))
-
-
-def test_draws_follow_the_distribution():
-    sampling = Sampling(do_sample=True, generator=torch.Generator().manual_seed(0))
-    probs = torch.tensor([0.5, 0.3, 0.2, 0.0])
-    drawn = sampling.draw(probs.expand(20_000, 4))
-    share = torch.bincount(drawn, minlength=4) / 20_000
-    torch.testing.assert_close(share, probs, atol=0.015, rtol=0)
-    assert share[3] == 0
 
 
 P_Q = [  # p of two drafts and the token behind, q of the drafts: of three tokens
@@ -150,14 +128,6 @@ def test_drafts_stand_and_fall_by_row():
     assert set(seen[2]) == {(0, 1)}  # p = 0: the first falls, and so does what stands behind it
 
 
-def test_greedy_drafts_stand_while_they_are_the_likeliest():
-    p = torch.eye(4)[torch.tensor([[1, 2, 3], [1, 0, 3], [0, 2, 3]])]
-    drafts = torch.tensor([[1, 2]] * 3)
-    accepted, token = Sampling().accept(drafts, torch.eye(4)[drafts], p)
-    assert accepted.tolist() == [2, 1, 0]
-    assert token.tolist() == [3, 0, 0]
-
-
 def test_a_residual_of_nothing_is_p_row_by_row():
     """Where p and q are the same but for the draft's rounding, p itself is drawn from."""
     p = torch.tensor([[[0.0, 1.0], [0.5, 0.5]], [[0.0, 1.0], [0.5, 0.5]], [[0.0, 0.5], [0.0, 1.0]]])
@@ -174,11 +144,8 @@ def test_a_residual_of_nothing_is_p_row_by_row():
 @pytest.mark.parametrize(
     ("config", "argument", "stops"),
     [
-        (1, None, [1]),
         ([1, 2], None, [1, 2]),
         (None, None, []),
-        (1, 7, [7]),
-        (1, [7, 8], [7, 8]),
         (1, (7, 8), [7, 8]),
         (1, 0, [0]),
         (0, None, [0]),
@@ -194,7 +161,7 @@ def test_what_ends_a_text(config, argument, stops):
     assert type(found) is list
 
 
-CASES = [("argument", 1, 60), ("config", 1, None), ("argument", 2, None), ("config", 2, 60)]
+CASES = [("config", 1, None), ("argument", 2, None), ("config", 2, 60)]
 
 
 @pytest.mark.parametrize(("given", "how_many", "pad_id"), CASES)
@@ -212,17 +179,10 @@ def test_rows_stop_at_their_end_and_are_padded_behind_it(given, how_many, pad_id
     assert torch.equal(alone, rows[0][None])  # generation ends when every row has
 
 
-def test_minus_one_never_stops():
-    model = build(eos_token_id=list(range(61)))
-    assert model.generate(tokens(1, 5), max_new_tokens=7).shape == (1, 6)
-    assert model.generate(tokens(1, 5), max_new_tokens=7, eos_token_id=-1).shape == (1, 12)
-
-
 # ---- Around it ----
 
 
-@pytest.mark.parametrize("use_mtp", [False, True])
-@pytest.mark.parametrize("broken", [True, False])
+@pytest.mark.parametrize(("broken", "use_mtp"), [(True, False), (False, True)])
 def test_each_module_has_its_own_training_mode_as_before(broken, use_mtp):
     """Also where a streamer, which gets tokens as they come, stops it all; no gradient is made."""
     model, seen = build().train(), []
@@ -251,19 +211,14 @@ VALUES += [("min_p", value, "in [0, 1]") for value in (-0.1, 1.5)]
 VALUES += [("top_k", -1, "0 (off) or more"), ("max_new_tokens", -1, "a whole number, 0 or more")]
 
 
-@pytest.mark.parametrize("do_sample", [True, False])
 @pytest.mark.parametrize(("name", "value", "right"), VALUES)
-def test_an_error_says_what_would_be_right(model, name, value, right, do_sample):
-    with pytest.raises(ValueError, match=re.escape(f"{name}={value}: must be {right}")):
-        model.generate(tokens(1, 4), do_sample=do_sample, **{name: value})
+def test_an_error_says_what_would_be_right(model, name, value, right):
+    for do_sample in (True, False):
+        with pytest.raises(ValueError, match=re.escape(f"{name}={value}: must be {right}")):
+            model.generate(tokens(1, 4), do_sample=do_sample, **{name: value})
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_k": 1}, {"min_p": 0.0}, {"min_p": 1.0}, {"top_p": 1.0}])
 def test_the_last_value_that_works_is_taken(settings):
     plain = {"do_sample": False, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     assert vars(Sampling(**settings)) == plain | {"generator": None} | settings
-
-
-def test_a_mask_of_another_shape_is_refused(model):
-    with pytest.raises(ValueError, match="attention_mask"):
-        model.generate(tokens(2, 4), attention_mask=torch.ones(2, 5))

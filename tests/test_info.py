@@ -25,35 +25,26 @@ def written(folder, config):
 # ---- info ----
 
 
-def test_the_released_numbers(tmp_path, capsys):
-    said = run(capsys, "info", written(tmp_path, V3))
-    for number in (
-        "671,026,404,352 total", "37,552,282,624 activated",
-        "11,610,067,968 more", "2,541,458,432 activated",
-        "684,868,123,200 bytes",  # 688,574,839,360 without MTP's copies of embedding and head
-        "70,272 bytes a token", "250.46 GFLOP",
-    ):  # fmt: skip
-        assert number in said
-
-
-def test_bytes_by_kind_add_up(tmp_path, capsys):
-    said = run(capsys, "info", written(tmp_path, V3))
-    total, kinds = re.search(r"weights +([\d,]+) bytes: (.*)", said).groups()
-    numbers = [int(n.replace(",", "")) for n in re.findall(r"[A-Z]+\d+ ([\d,]+)", kinds)]
-    assert len(numbers) == 3
-    assert sum(numbers) == int(total.replace(",", ""))
-
-
 @pytest.mark.parametrize(
     ("config", "numbers"),
     [
+        (V3, [
+            "671,026,404,352 total", "37,552,282,624 activated",
+            "11,610,067,968 more", "2,541,458,432 activated",
+            "684,868,123,200 bytes",  # 688,574,839,360 without MTP's copies of embedding and head
+            "70,272 bytes a token", "250.46 GFLOP",
+        ]),
         (MOONLIGHT, ["15,960,108,544 total", "2,914,774,528", "31,104 bytes a token"]),
         (KIMI_K2, ["1,026,408,209,408", "32,861,477,888"]),
     ],
-)
-def test_other_members_of_the_family(tmp_path, capsys, config, numbers):
+)  # fmt: skip
+def test_the_released_numbers(tmp_path, capsys, config, numbers):
+    """And bytes by kind, which add up."""
     said = run(capsys, "info", written(tmp_path, config))
     assert all(number in said for number in numbers)
+    total, kinds = re.search(r"weights +([\d,]+) bytes: (.*)", said).groups()
+    each = [int(n.replace(",", "")) for n in re.findall(r"[A-Z]+\d+ ([\d,]+)", kinds)]
+    assert len(each) > 1 and sum(each) == int(total.replace(",", ""))
 
 
 @pytest.mark.parametrize("quantize", [None, "fp8"])
@@ -79,24 +70,9 @@ def test_the_split_over_gpus_names_each_layer_once_in_order(tmp_path, capsys):
         assert line.count("█") == pytest.approx(30 * float(used) / 131.3, abs=0.51)
 
 
-@pytest.mark.parametrize(("gpus", "memory", "needed"), [(8, 80, 9), (1, 141, 5), (20, 24, None)])
-def test_too_few_gpus_are_told_how_many_it_takes(tmp_path, capsys, gpus, memory, needed):
-    said = run(capsys, "info", written(tmp_path, V3), "--gpus", gpus, "--gpu-memory", memory)
-    assert f"{gpus} GPUs of {memory} GiB do not hold it" in said
-    assert needed is None or f"it takes {needed}" in said
-
-
-def test_a_gpu_too_small_for_a_layer_is_an_error(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        run(capsys, "info", written(tmp_path, V3), "--gpus", 1000, "--gpu-memory", 8)
-
-
-@pytest.mark.parametrize("content", [None, "{", '{"model_type": "llama"}'])
-def test_a_bad_config_stops_the_command(tmp_path, capsys, content):
-    if content is not None:
-        (tmp_path / "config.json").write_text(content)
-    with pytest.raises(SystemExit):
-        run(capsys, "info", tmp_path / "config.json")
+def test_too_few_gpus_are_told_how_many_it_takes(tmp_path, capsys):
+    said = run(capsys, "info", written(tmp_path, V3), "--gpus", 8, "--gpu-memory", 80)
+    assert "8 GPUs of 80 GiB do not hold it: it takes 9" in said
 
 
 # ---- generate --chat ----
@@ -177,20 +153,3 @@ def test_a_chat_stops_at_the_end_of_sentence(tmp_path, capsys):
     model.config.eos_token_id = list(range(model.config.vocab_size))  # whatever comes, it is the end
     model.save_pretrained(folder)
     assert len(run(capsys, "generate", folder, "hi", "--chat", "--max-new-tokens", 50).strip()) <= 1
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        None,
-        [{"name": "tool_use", "template": "no"}],
-        "{{ messages[0].content.__class__.__mro__[1].__subclasses__() }}",  # the sandbox refuses
-        "{% for %}",
-        "{{ raise_exception('only system prompts') }}",
-    ],
-    ids=["none", "no default", "escape", "syntax", "raises"],
-)
-def test_a_template_that_is_missing_or_fails_is_an_error(tmp_path, capsys, template):
-    folder, _ = folder_with(tmp_path, template)
-    with pytest.raises(ValueError, match="chat template"):
-        deepseek_v3.chat_prompt(folder, "hi")

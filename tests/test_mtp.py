@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import build, close, pad, tokens
+from helpers import build, close, tokens
 
-from deepseek_v3 import LatentCache, trace
+from deepseek_v3 import trace
 
 L, D, VOCAB = 3, 32, 61  # of the small model; module k of MTP is layer L + k - 1
 DEPTHS = 3
@@ -30,18 +30,17 @@ def mtp_logits(model, ids, *given):
 # ---- Alignment: row i of depth k has read tokens up to i + k and predicts token i + k + 1 ----
 
 
-@pytest.mark.parametrize("changed", range(1, 10))
-@pytest.mark.parametrize("depth", [1, 2, 3])
-def test_a_row_never_sees_the_token_that_it_predicts(model, depth, changed):
+@pytest.mark.parametrize("changed", [1, 4, 9])
+def test_a_row_never_sees_the_token_that_it_predicts(model, changed):
     """Changing token j leaves rows up to j - k - 1 alone; row j - k is the first to feel it."""
     ids = tokens(1, 10)
     other = ids.clone()
     other[0, changed] = (ids[0, changed] + 1) % VOCAB
-    before, after = (mtp_logits(model, row)[depth - 1][0] for row in (ids, other))
-    first = max(changed - depth, 0)
-    close(after[:first], before[:first])
-    moved = (after - before).abs().amax(-1)
-    assert (moved[first:] > 1e-6).all()
+    for depth, (before, after) in enumerate(zip(mtp_logits(model, ids), mtp_logits(model, other), strict=True), 1):
+        first = max(changed - depth, 0)
+        close(after[0, :first], before[0, :first])
+        moved = (after - before)[0].abs().amax(-1)
+        assert (moved[first:] > 1e-6).all()
 
 
 # ---- What enters a module, and what leaves it ----
@@ -76,7 +75,7 @@ def test_the_projection_takes_the_embedding_first():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("depth", [1, 3])
 def test_a_module_has_a_norm_of_its_own_before_the_shared_head(depth):
     """And the head is the main model's."""
     model, ids = fresh(), tokens(2, 8)
@@ -90,34 +89,8 @@ def test_a_module_has_a_norm_of_its_own_before_the_shared_head(depth):
         close(new, 2 * old)
 
 
-def test_embedding_and_head_are_shared(model):
-    for block in model.model.layers[L:]:
-        names = {name for name, _ in block.named_parameters()}
-        plain = {name for name, _ in model.model.layers[L - 1].named_parameters()}
-        own = {"enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight"}
-        assert names == plain | own
-        assert block.eh_proj.weight.shape == (D, 2 * D)
-
-
-def test_modules_are_numbered_behind_the_layers(model):
-    """Their number is the key of their latents in a cache, and never that of a dense layer."""
-    assert [block.self_attn.layer_idx for block in model.model.layers] == list(range(L + DEPTHS))
-    behind_dense = fresh(first_k_dense_replace=L)
-    assert all(hasattr(block.mlp, "gate") for block in behind_dense.mtp_blocks)
-
-
-@torch.no_grad()
-def test_a_module_behind_a_cache_reads_what_it_holds(model):
-    """Rows in two chunks through a cache, as drafting feeds them, are the rows of one pass."""
-    ids, block, cache = tokens(1, 8), model.model.layers[L], LatentCache()
-    hidden, embeds = model(ids).last_hidden_state[:, :-1], model.model.embed_tokens(ids)[:, 1:]
-    positions, chunks = torch.arange(7)[None], []
-    at_once, *_ = block(hidden, embeds, model.model.context(positions, None, None, None))
-    for part in (slice(0, 4), slice(4, 7)):
-        context = model.model.context(positions[:, part], None, None, cache)
-        chunks.append(block(hidden[:, part], embeds[:, part], context)[0])
-        cache.length = part.stop
-    close(torch.cat(chunks, 1), at_once)
+def test_modules_have_experts_behind_dense_layers_too():
+    assert all(hasattr(block.mlp, "gate") for block in fresh(first_k_dense_replace=L).mtp_blocks)
 
 
 @torch.no_grad()
@@ -127,19 +100,9 @@ def test_mtp_changes_nothing_in_the_main_model_and_reads_embeddings_too(model):
     assert torch.equal(plain.logits, asked.logits)
     assert plain.mtp_logits is None
     embedded = model(inputs_embeds=model.model.embed_tokens(ids), output_mtp=True)
+    close(embedded.logits, asked.logits)
     for given, looked_up in zip(embedded.mtp_logits, asked.mtp_logits, strict=True):
         close(given, looked_up)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_a_padded_row_is_the_row_alone(model, side):
-    rows = [tokens(9), tokens(6, seed=2), tokens(4, seed=3), tokens(1, seed=4)]
-    ids, mask = pad(rows, side, value=7)
-    together = mtp_logits(model, ids, mask)
-    for i, row in enumerate(rows):
-        start = 9 - len(row) if side == "left" else 0
-        for k, alone in enumerate(mtp_logits(model, row[None]) or (), 1):
-            close(together[k - 1][i, start : start + len(row) - k], alone[0])
 
 
 LENGTHS = [[10], [4, 6], [1, 2, 7], [3, 1, 5, 1]]  # of the documents in rows of 10 tokens
@@ -167,12 +130,12 @@ def test_packed_documents_are_learnt_from_as_each_alone(training):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["plain", "left", "packed"])
+@pytest.mark.parametrize("kind", ["left", "packed"])
 def test_a_square_mask_reaches_the_modules(model, kind):
     """What it says is what a mask of two axes, or packed positions, say."""
     ids, mask, positions = tokens(4, 10), torch.ones(4, 10), POSITIONS
-    if kind != "packed":
-        mask[1, :3] = kind != "left"
+    if kind == "left":
+        mask[1, :3] = 0
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
     document = (positions == 0).long().cumsum(-1) if kind == "packed" else mask
     causal = torch.ones(10, 10).tril().bool()
@@ -201,8 +164,7 @@ def loss_by_hand(mtp_logits, labels):
     return sum(losses) / len(losses)
 
 
-@pytest.mark.parametrize("depths", [1, 2, 3])
-@pytest.mark.parametrize("ignored", [[], [0, 3, 9], range(5)], ids=str)
+@pytest.mark.parametrize(("depths", "ignored"), [(1, []), (3, [0, 3, 9]), (2, range(5))], ids=str)
 def test_the_loss_is_the_mean_of_the_depths(depths, ignored):
     model = fresh(num_nextn_predict_layers=depths)
     ids = tokens(2, 10)
@@ -267,7 +229,7 @@ def test_given_positions_reach_the_modules(model):
         assert ((found - plain[0]).abs().max() < 1e-10) == (stretch == 1)
 
 
-@pytest.mark.parametrize("weight", [0.3, 0.1, 0])
+@pytest.mark.parametrize("weight", [0.3, 0])
 def test_the_training_loss_is_main_mtp_and_balance(weight):
     model = fresh(mtp_loss_weight=weight, balance_loss_weight=0.05).train()
     out = model(tokens(2, 10), labels=tokens(2, 10))
@@ -290,10 +252,9 @@ def test_the_mtp_loss_teaches_the_trunk_and_the_shared_parts():
 # ---- Edges ----
 
 
-@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("length", [1, 2, 3, 4])
-def test_sequences_shorter_than_the_depths(length, training):
-    model = fresh().train(training)
+def test_sequences_shorter_than_the_depths(length):
+    model = fresh().train()
     ids = tokens(2, length)
     out = model(ids, labels=ids)
     out.loss.backward()

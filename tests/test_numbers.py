@@ -32,7 +32,7 @@ def with_outliers(model, factor, seed):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("factor", [1, 10, 100])
+@pytest.mark.parametrize("factor", [1, 100])
 def test_bfloat16_stays_close_to_float32(factor):
     """Half of all tokens within 2 % of the logits' norm, nine in ten within 5 %; few change an expert."""
     errors, moved = [], []
@@ -68,18 +68,16 @@ def labelled(model, ids, mask=None):
 MASKS = [[[0] * 6, [1] * 6], [[0] * 6] * 2, [[0, 0, 0, 0, 0, 1], [1, 0, 0, 0, 0, 0]]]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mask", MASKS, ids=str)
-def test_rows_without_a_token_give_no_nan(dtype, mask):
-    model, ids = build(dtype=dtype).train(), tokens(2, 6)
+def test_rows_without_a_token_give_no_nan(mask):
+    model, ids = build(dtype=torch.bfloat16).train(), tokens(2, 6)
     all_finite(labelled(model, ids, torch.tensor(mask)), model)
     out = model.generate(ids, torch.tensor(mask), max_new_tokens=3, use_mtp=True, eos_token_id=-1)
     assert out.shape == (2, 9)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_scores_that_underflow_give_no_nan(dtype):
-    model = build(dtype=dtype).train()
+def test_scores_that_underflow_give_no_nan():
+    model = build().train()
     with torch.no_grad():
         for block in model.model.layers[1:]:
             block.mlp.gate.weight.copy_(-1e4 * torch.ones_like(block.mlp.gate.weight))
@@ -89,16 +87,6 @@ def test_scores_that_underflow_give_no_nan(dtype):
     all_finite(out, model)
     model.update_router_bias(0.01)
     assert all(bias.isfinite().all() for bias in router_biases(model))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_prompt_of_one_token_trains_and_generates(dtype):
-    model, ids = build(dtype=dtype, num_nextn_predict_layers=2).train(), tokens(3, 1)
-    out = model(ids, labels=ids)  # there is nothing to predict
-    out.loss.backward()
-    assert out.main_loss == 0 and out.mtp_logits is None
-    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-    assert model.generate(ids, max_new_tokens=4, use_mtp=True, eos_token_id=-1).shape == (3, 5)
 
 
 # ---- Too long, long, many ----
@@ -119,13 +107,8 @@ def test_positions_past_the_limit_warn_at_each_call_and_are_counted_through_the_
         assert f"{length} positions" in message and "max_position_embeddings=8" in message
     found = long_warnings(lambda: model.generate(tokens(2, 5), max_new_tokens=6, eos_token_id=-1))
     assert [message.split(",")[0] for message in found] == ["9 positions", "10 positions"]
-
-
-def test_the_limit_is_checked_without_asking_a_device():
-    """Tensors without numbers would fail, were a length or a position read off them."""
-    model = build(max_position_embeddings=8, first_k_dense_replace=9).to("meta")
-    (message,) = long_warnings(lambda: model(tokens(1, 9).to("meta")))
-    assert "9 positions" in message
+    dense = build(max_position_embeddings=8, first_k_dense_replace=9).to("meta")
+    assert long_warnings(lambda: dense(tokens(1, 9).to("meta")))  # read off no number on a device
 
 
 PEAKS = """
@@ -140,34 +123,33 @@ peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 model.generate(tokens(2, 9), max_new_tokens=3)
 before, peaks = peak(), {}
 with torch.no_grad():
-    mask = torch.ones(64, 512, dtype=torch.long)
+    mask = torch.ones(32, 512, dtype=torch.long)
     mask[0, :100] = 0
-    model.generate(tokens(64, 512), mask, max_new_tokens=8, use_mtp=True)
-    peaks["64 rows of 512"] = peak() - before
-    cache = model(tokens(1, 32_768), use_cache=True, logits_to_keep=1).past_key_values
-    peaks["32k at once"] = peak() - before
+    model.generate(tokens(32, 512), mask, max_new_tokens=8, use_mtp=True)
+    peaks["32 rows of 512"] = peak() - before
+    cache = model(tokens(1, 20_480), use_cache=True, logits_to_keep=1).past_key_values
+    peaks["20k at once"] = peak() - before
     for new in (1, 8, 500):
         model(tokens(1, new), past_key_values=cache, logits_to_keep=1)
-    peaks["chunks behind 32k"] = peak() - before
+    peaks["chunks behind 20k"] = peak() - before
 print(json.dumps(peaks))
 """
 
 
 def test_many_rows_and_long_contexts_take_bounded_memory():
-    """A matrix of 32k x 32k for two heads would be 8 GiB, one of booleans for all heads 1 GiB."""
+    """A matrix of 20k x 20k for two heads would be 3.1 GiB, one of booleans for all heads 400 MiB."""
     command = [sys.executable, "-c", PEAKS, str(HERE), str(HERE.parent)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     peaks = json.loads(run.stdout)
-    assert max(peaks.values()) < 600, f"MiB: {peaks}"
+    assert max(peaks.values()) < 300, f"MiB: {peaks}"
 
 
 # ---- Products of a few rows on a CPU --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(512, 256), (257, 600), (1031, 1024), (40, 30)], ids=str)
-@pytest.mark.parametrize("rows", [(0,), (1,), (1, 1), (2,), (2, 2), (5,)], ids=str)
+@pytest.mark.parametrize(("shape", "bias"), [((512, 256), False), ((257, 600), True), ((40, 30), True)], ids=str)
+@pytest.mark.parametrize("rows", [(0,), (1, 1), (2, 2), (5,)], ids=str)
 def test_a_product_of_few_rows_is_the_product(rows, shape, bias):
     """Large and small weights, an odd number of outputs, and results and gradients of each way."""
     generator = torch.Generator().manual_seed(0)
@@ -188,12 +170,10 @@ def test_a_product_of_few_rows_is_the_product(rows, shape, bias):
 @pytest.mark.parametrize(
     ("rows", "shape", "dtype", "plain"),
     [
-        (1, (512, 256), torch.float32, False),
         (4, (512, 256), torch.float32, False),
         (5, (512, 256), torch.float32, True),
         (1, (511, 256), torch.float32, True),  # small
         (1, (512, 256), torch.bfloat16, True),
-        (1, (512, 256), torch.float64, True),
     ],
     ids=str,
 )

@@ -58,12 +58,11 @@ def rows_of(lengths):
     return [tokens(length, seed=i) for i, length in enumerate(lengths)]
 
 
-
 LENGTHS = st.lists(st.integers(1, 8), min_size=1, max_size=3)
 ENDS = st.sets(st.integers(1, 8), max_size=8)
 
 
-@examples(80)
+@examples(40)
 @given(sizes(), LENGTHS, SIDES, ENDS, st.booleans(), st.sampled_from(FORMS), SEEDS)
 def test_any_chunks_behind_a_cache_and_any_form_of_attention_are_one_pass(
     config, lengths, side, ends, always, form, seed
@@ -83,7 +82,7 @@ def test_any_chunks_behind_a_cache_and_any_form_of_attention_are_one_pass(
     assert cache.bytes == 8 * held * ids.numel() * config["num_hidden_layers"]
 
 
-@examples(60)
+@examples(30)
 @given(sizes(), st.lists(st.integers(0, 8), min_size=1, max_size=4).filter(any), HEAD, SEEDS)
 def test_a_row_is_itself_alone_in_a_batch_and_under_either_padding(config, lengths, cls, seed):
     model, rows = build(cls, dtype=torch.float64, seed=seed, **config), rows_of(lengths)
@@ -101,7 +100,7 @@ def test_a_row_is_itself_alone_in_a_batch_and_under_either_padding(config, lengt
                 close(out.mtp_logits[k - 1][i][(real[k:] & real[:-k]).nonzero()[:, 0]], ahead[0])
 
 
-@examples(40)
+@examples(20)
 @given(sizes(), st.lists(LENGTHS, min_size=1, max_size=3), SEEDS)
 def test_a_packed_document_is_itself_alone(config, lengths, seed):
     """In rows of as many documents as there are, each row cut to the length of the shortest."""
@@ -119,7 +118,7 @@ def test_a_packed_document_is_itself_alone(config, lengths, seed):
                 close(out.mtp_logits[k - 1][i, start : end - k], ahead[0])
 
 
-@examples(50)
+@examples(30)
 @given(sizes(), st.integers(2, 8), st.data(), SEEDS)
 def test_a_later_token_changes_no_earlier_logit(config, T, data, seed):
     model, ids = build(dtype=torch.float64, seed=seed, **config), tokens(2, T, seed=seed)
@@ -132,7 +131,7 @@ def test_a_later_token_changes_no_earlier_logit(config, T, data, seed):
         close(before[:, :rows], after[:, :rows])
 
 
-@examples(150)
+@examples(100)
 @given(sizes(), DTYPE, st.sampled_from([0.01, 1, 30]), st.sampled_from([0, 0.3, 5, 100]), SEEDS)
 def test_routing_stays_in_its_groups_and_gates_sum_to_the_factor(config, dtype, spread, bias, seed):
     torch.manual_seed(seed)
@@ -161,7 +160,7 @@ def test_routing_stays_in_its_groups_and_gates_sum_to_the_factor(config, dtype, 
     assert scores.dtype == torch.promote_types(dtype, torch.float32)
 
 
-@examples(40)
+@examples(20)
 @given(sizes(), HEAD, DTYPE, st.sampled_from(["5GB", "2KB", 1]), SEEDS)
 def test_what_is_saved_is_loaded_bit_for_bit(tmp_path_factory, config, cls, dtype, size, seed):
     folder = tmp_path_factory.mktemp("saved")
@@ -179,7 +178,7 @@ def test_what_is_saved_is_loaded_bit_for_bit(tmp_path_factory, config, cls, dtyp
     assert {name: written[name] for name in model.config.to_dict()} == model.config.to_dict()
 
 
-@examples(60)
+@examples(30)
 @given(st.integers(1, 300), st.integers(1, 300), st.sampled_from(DTYPES[:2]), st.integers(0, 60), SEEDS)
 def test_fp8_is_within_half_a_step_of_each_block(rows, columns, dtype, decades, seed):
     random, blocks = torch.Generator().manual_seed(seed), (-(-rows // 128), -(-columns // 128))
@@ -205,7 +204,7 @@ def test_fp8_is_within_half_a_step_of_each_block(rows, columns, dtype, decades, 
 TEMPERATURES = st.floats(0.05, 5) | st.sampled_from([1e-300, 1e-40, 1e-6, 1e6, 1e300])
 
 
-@examples(300)
+@examples(150)
 @given(
     st.integers(1, 40), st.sampled_from([0.1, 3, 60]), st.sampled_from([None, 1, 0]), st.booleans(),
     TEMPERATURES, st.integers(0, 45), st.floats(1e-9, 1), st.floats(0, 1), SEEDS,
@@ -232,17 +231,3 @@ def test_a_distribution_sums_to_one_and_keeps_to_its_set(
         held = base[kept] / base[base > 0].sum()
         assert held.sum() - held.min() < top_p + 1e-5  # without its least likely, it holds less
         assert base[kept].max() == base.max()
-
-
-STOPS = st.lists(st.integers(-1, 60), max_size=8)
-
-
-@examples(25)
-@given(sizes(), LENGTHS, SIDES, st.integers(0, 9), st.integers(1, 4), STOPS, SEEDS)
-def test_drafting_changes_no_greedy_token(config, lengths, side, new, drafts, stops, seed):
-    depths = max(1, config["num_nextn_predict_layers"])
-    model = build(dtype=torch.float64, seed=seed, **config | {"num_nextn_predict_layers": depths})
-    ids, mask = pad(rows_of(lengths), side)
-    options = dict(attention_mask=mask, max_new_tokens=new, eos_token_id=stops)
-    drafted = model.generate(ids, use_mtp=True, num_draft_tokens=drafts, **options)
-    assert torch.equal(drafted, model.generate(ids, **options))
