@@ -1016,7 +1016,7 @@ class DeepseekV3ForCausalLM(PreTrainedModel):
     def look_ahead(self, out: ModelOutput, attention_mask: Maybe, position_ids: Maybe) -> None:
         """Run the MTP modules over a whole sequence, Eqs. 21–23, into out.mtp_logits."""
         embeds, logits, losses = out.inputs_embeds, [], out.balance_loss
-        # NOTE(checkpoint) mtp-input: after the final norm, where others measured more acceptance.
+        # NOTE(checkpoint) mtp-input: after the final norm, with which ROCm's ATOM measured more accepted drafts.
         hidden, T = out.last_hidden_state, embeds.shape[1]
         positions, documents = locate(attention_mask, position_ids, None, embeds)
         given = attention_mask is not None and attention_mask.ndim == 4
@@ -1305,7 +1305,7 @@ def check_ids(name: str, ids: Tensor, vocab: int, ignored: int | None = None) ->
         return
     ids = ids if ignored is None else ids[ids != ignored]
     low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
-    require(0 <= low and high < vocab, f"{name} hold {low if low < 0 else high}: must lie in 0..{vocab - 1}")
+    require(low >= 0 and high < vocab, f"{name} hold {low if low < 0 else high}: must lie in 0..{vocab - 1}")
 
 def check_labels(labels: Any, shape: tuple, classes: int, count: Any = None) -> None:
     """ValueError unless labels are ids of that shape, each of a class, or -100 to be ignored."""
@@ -1448,9 +1448,12 @@ def slots_of_depth(k: int, known: Tensor) -> Maybe:
 class Drafter:
     """The MTP modules at inference: draft k is what depth k says behind the last token known.
 
-    Row i of depth k (see MTPBlock) stands where token i + k - 1 stands in the main cache. Of n tokens
-    known, rows to n - k are made from these alone, and stay; the k - 1 behind them are made from
-    drafts, and again in the next call. Beyond its depth the last module goes on from its own output.
+        slot          0     1     2     3     4     e is the newest token, which the main model has not read
+        main cache    a     b     c     d           a>b: a row made from the state at a and token b
+        depth 1      a>b   b>c   c>d   d>e          its newest row drafts f
+        depth 2            a>c   b>d   c>e   d>f    its newest row drafts g; d>f was made from a draft:
+                                                    it is cropped, and made again in the next call
+    Past the last module, that module goes on from its own output.
     """
 
     def __init__(self, model: DeepseekV3ForCausalLM, sampling: Sampling, most_drafts: int, capacity: int) -> None:
@@ -1499,10 +1502,10 @@ class Drafter:
 
 def decode(
     model: DeepseekV3ForCausalLM, window: Tensor, attention_mask: Maybe, sampling: Sampling,
-    most_drafts: int, text: Continuation,
+    most_drafts: int, gained: Continuation,
 ) -> None:  # fmt: skip
-    """Lengthen `text` to its end: draft, verify all drafts in one pass, forget those that fell."""
-    cache = LatentCache(window.shape[1] + min(text.most, 4096))  # an early end is likely before
+    """Make `gained` as long as it gets: draft, verify all drafts in one pass, forget those that fell."""
+    cache = LatentCache(window.shape[1] + min(gained.most, 4096))  # an early end is likely before
     drafter = Drafter(model, sampling, most_drafts, cache.capacity)
     hidden = model.model(window, attention_mask, past_key_values=cache).last_hidden_state  # (B, T, D)
     known = (torch.ones_like(window) if attention_mask is None else attention_mask).bool()  # (B, T)
@@ -1512,19 +1515,19 @@ def decode(
     drafts, q = none = window[:, :0], p[:, :0]
     while True:
         accepted, token = sampling.accept(drafts, q, p)
-        text.add(drafts, accepted, token)
-        if all(text.finished):
+        gained.add(drafts, accepted, token)
+        if all(gained.finished):
             return
         if drafts.shape[1]:
             # Rejected slots stay in the cache as masked holes. Each step takes as many slots as its
             # best row gains tokens, so a row holds at most min(B, drafts + 1) slots per token.
-            last = accepted.masked_fill(torch.tensor(text.finished, device=last.device), 0)  # (B)
+            last = accepted.masked_fill(torch.tensor(gained.finished, device=last.device), 0)  # (B)
             stands = torch.arange(int(last.max()) + 1, device=last.device) <= last.unsqueeze(1)
             known = torch.cat([known, stands], 1)
             cache.crop(known.shape[1])
             cache.documents = slots_of_depth(1, known)
             window, hidden = window[:, : stands.shape[1]], hidden[:, : stands.shape[1]]
-        count = min(most_drafts, text.most - 1 - min(map(len, text.rows)))
+        count = min(most_drafts, gained.most - 1 - min(map(len, gained.rows)))
         drafts, q = drafter.draft(window, hidden, known, last, token, count) if count else none
         window = torch.cat([token.unsqueeze(1), drafts], 1)
         hidden = model.model(window, past_key_values=cache).last_hidden_state
@@ -1552,11 +1555,11 @@ def generate(
         check_tensor("attention_mask", attention_mask, MASKS, tuple(input_ids.shape))
     whole = type(max_new_tokens) is int and max_new_tokens >= 0
     require(whole, f"{max_new_tokens=}: must be a whole number, 0 or more")
-    text = Continuation(model.config, len(input_ids), max_new_tokens, eos_token_id, *sinks)
+    gained = Continuation(model.config, len(input_ids), max_new_tokens, eos_token_id, *sinks)
     most_drafts = drafts_per_step(model, *drafts)
     with evaluating(model):
-        decode(model, input_ids.long(), attention_mask, sampling, most_drafts, text)
-    return torch.cat([input_ids, *(column.unsqueeze(1) for column in text.columns)], 1)
+        decode(model, input_ids.long(), attention_mask, sampling, most_drafts, gained)
+    return torch.cat([input_ids, *(column.unsqueeze(1) for column in gained.columns)], 1)
 
 def drafts_per_step(model: DeepseekV3ForCausalLM, use_mtp: bool, num_draft_tokens: int | None) -> int:
     """Tokens to draft per step, 0 without use_mtp; ValueError for what cannot be asked for."""
@@ -1570,7 +1573,7 @@ def drafts_per_step(model: DeepseekV3ForCausalLM, use_mtp: bool, num_draft_token
 
 # ---- 12. Checkpoints, in the released layout ----------------------------------------------------
 
-# Switches that the whole family has in one position; other positions are refused.
+# Keys that have one value in the whole family; others are refused.
 FIXED_KEYS = {"model_type": "deepseek_v3", "hidden_act": "silu", "attention_dropout": 0.0}
 FIXED_KEYS |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 
@@ -1730,7 +1733,7 @@ class Checkpoint:
                 require(re.fullmatch(SHARD, str(file)), f"{what}: must be a .safetensors file beside it")
         else:
             raise FileNotFoundError(f"{directory}: no {SINGLE}, no {INDEX} (pickles are not read)")
-        # A save that was cut off at its very end left its config under the name that the weights give.
+        # A save killed just before its last renaming leaves its config under this hidden name.
         pending = metadata.get("config") if isinstance(metadata, dict) else None
         self.config_file = self.directory / Path(str(pending)).name
         if not os.path.isfile(self.config_file):
@@ -1983,7 +1986,7 @@ def unit_sizes(model, sizes):
         units[unit] = units.get(unit, full_cache) + size
         if released_in_fp8(name, tensor):
             largest = max(largest, tensor.shape[-2:].numel())
-    # Weight and scales of one matrix in float32, and the result: 10 bytes a number for a moment.
+    # Weight and scales of one matrix in float32, and the result: 10 bytes per number for a moment.
     return units, 10 * largest
 
 def plan_devices(sizes, room, balanced=True):
@@ -2073,27 +2076,27 @@ def save_pretrained(model, directory, max_shard_size, quantize):
                 path.unlink()
 
 def put_in_place(directory, parts, metadata):
-    """Exchange an older checkpoint for the files .part-*.tmp, each step leaving one that is whole.
+    """Exchange an older checkpoint for the files .part-*.tmp, in five steps that each leave one whole.
 
-    The one that counts is model.safetensors, else the index. Until the new one counts, no file of the
-    old one is touched; from then on its metadata name the config, until that is config.json.
+    The one that counts is model.safetensors, else the index. No file of the older one is touched until
+    the new one counts, after step 1 or 3; from then on its metadata name the config, until step 4.
     """
     names, older, journal = [SINGLE], files_of_older(directory), directory / ".saving.json"
     if len(parts) > 1:
-        stems = (f"model{'_' * turn}-" for turn in itertools.count())
-        stem = next(stem for stem in stems if not any(directory.glob(f"{stem}*")))
-        names = [f"{stem}{i + 1:05d}-of-{len(parts):06d}.safetensors" for i in range(len(parts))]
+        numbers = [f"-{i + 1:05d}-of-{len(parts):06d}.safetensors" for i in range(len(parts))]
+        choices = ([f"model{'_' * turn}{number}" for number in numbers] for turn in itertools.count())
+        names = next(choice for choice in choices if not any((directory / name).exists() for name in choice))
     write_json(journal, {"files": [*older, *names]})
-    for i, name in enumerate(names):
+    for i, name in enumerate(names):  # 1
         (directory / f".part-{i}.tmp").replace(directory / name)
-    if len(parts) > 1:
+    if len(parts) > 1:  # 2
         places = {name: file for file, part in zip(names, parts, strict=True) for name in part}
         total = {"total_size": sum(sum(part.values()) for part in parts)}
         write_json(directory / INDEX, {"metadata": metadata | total, "weight_map": places})
-    (directory / (SINGLE if len(parts) > 1 else INDEX)).unlink(missing_ok=True)
-    (directory / metadata["config"]).replace(directory / "config.json")
+    (directory / (SINGLE if len(parts) > 1 else INDEX)).unlink(missing_ok=True)  # 3
+    (directory / metadata["config"]).replace(directory / "config.json")  # 4
     stale = [directory / name for name in older - {*names}]
-    for path in (*stale, *directory.glob(".config.*.json"), journal):
+    for path in (*stale, *directory.glob(".config.*.json"), journal):  # 5
         path.unlink(missing_ok=True)
 
 def files_of_older(directory):
@@ -2475,7 +2478,7 @@ def generate_command(options):
         positions = range(max(drafted for drafted, _ in steps))
         stood = [[accepted > i for drafted, accepted in steps if drafted > i] for i in positions]
         parts = ", ".join(f"{sum(those) / len(those):.0%}" for those in stood)
-        print(f"{gain:.2f} tokens a step; drafts accepted by position: {parts}", file=sys.stderr)
+        print(f"{gain:.2f} tokens per step; drafts accepted by position: {parts}", file=sys.stderr)
 
 def chat_prompt(directory, text):
     """The text of a user as the folder's own chat template puts it to the model."""
@@ -2538,7 +2541,7 @@ def assumed_kinds(model):
     return kinds
 
 def count_parameters(module, config):
-    """Parameters of a module, and how many of them a token visits."""
+    """Parameters of a module, and how many of them one token visits."""
     total = sum(parameter.numel() for parameter in module.parameters())
     experts = sum(stack.numel() for stack in module.parameters() if stack.ndim == 3)
     return total, total - experts + experts * config.num_experts_per_tok // config.n_routed_experts
@@ -2560,12 +2563,12 @@ def print_sizes(model, kinds, sizes):
     widths = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
     flop = 6 * (active - mtp_active - embedding)
     flop += 3 * L * config.num_attention_heads * widths * T  # causal: half of a square
-    print(f"parameters  {total - mtp_total:,} total, {active - mtp_active:,} activated a token")
+    print(f"parameters  {total - mtp_total:,} total, {active - mtp_active:,} activated per token")
     mtp_active += 2 * embedding * (mtp_total > 0)
     print(f"MTP         {mtp_total:,} more, {mtp_active:,} activated with embedding and head")
     print(f"weights     {sum(sizes.values()):,} bytes: {split}")
-    print(f"cache       {cache:,} bytes a token, {cache * context:,} at {context:,} tokens (BF16)")
-    print(f"training    {flop / 1e9:.2f} GFLOP a token at {T:,} tokens")
+    print(f"cache       {cache:,} bytes per token, {cache * context:,} at {context:,} tokens (BF16)")
+    print(f"training    {flop / 1e9:.2f} GFLOP per token at {T:,} tokens")
 
 def print_split(model, sizes, gpus, gib):
     """Which layers each GPU would hold, with bars; or how many GPUs it would take."""

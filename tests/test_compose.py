@@ -87,7 +87,6 @@ def test_zero_a_head_with_a_hook_on_softmax():
     model.model.layers[1].self_attn.o_proj.weight.data[:, :width] = 0
     close(decodes(model), hooked)
 
-
 # ---- Adapters, and what is put in a module's place ----
 
 ADAPTERS = {name: dict(target_modules=[name]) for name in ("q_proj", "kv_b_proj", "eh_proj")}
@@ -187,8 +186,9 @@ def test_train_with_the_real_compiler(compiler):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_train_a_captured_model(dtype, compiler):
-    """With a mask and every output in float32, with labels alone in bfloat16."""
-    full, eager, model = dtype == torch.float32, *(small(dtype=dtype).train() for _ in range(2))
+    """With a mask, MTP and every output in float32, with labels alone in bfloat16."""
+    full = dtype == torch.float32
+    eager, model = (small(dtype=dtype, num_nextn_predict_layers=int(full)).train() for _ in range(2))
     wanted = ALL | {"attention_mask": PADDED} if full else {}
     losses = train(compiler(model, backend="aot_eager"), **wanted)
     close(losses, train(eager, **wanted), 1e-4 if full else 0.05)
@@ -198,6 +198,7 @@ def test_train_a_captured_model(dtype, compiler):
 def test_capture_decoding_and_prompts_of_several_lengths(compiler):
     model = small(num_nextn_predict_layers=0)
     close(in_chunks(compiler(model, backend="eager"), IDS, [8, 1, 1, 1, 1])[0], model(IDS).logits, 1e-4)
+    model = small(num_hidden_layers=1, num_nextn_predict_layers=0)
     compiled = compiler(model, backend="eager", dynamic=True)
     for n in (7, 9, 12):
         close(compiled(IDS[:, :n]).logits, model(IDS[:, :n]).logits)

@@ -146,6 +146,12 @@ def test_a_map_that_cannot_work_is_named(tmp_path, device_map, named):
         load(tmp_path, device_map=device_map)
 
 
+def test_memory_that_is_no_device_is_named(tmp_path):
+    build().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="disk is no device"):
+        load(tmp_path, device_map="auto", max_memory={"cpu": "1KB", "disk": "1TB"})
+
+
 # ---- Hops, on devices that need not exist ----
 
 

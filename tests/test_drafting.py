@@ -340,7 +340,8 @@ def changed_module(old, new, path):
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_each_shortcut_is_noticed(name, tmp_path):
     module = changed_module(*MUTATIONS[name], tmp_path / "shortcut.py")
-    assert surprise(small(module), FILTERS["all"], 1) > 2 * LIMIT
+    rows = ROWS if name == "drafts are drawn without filters" else ROWS // 3  # the subtlest
+    assert surprise(small(module), FILTERS["all"], 1, rows) > 2 * LIMIT
 
 
 # ---- Streaming, statistics, errors ----------------------------------------------------------------

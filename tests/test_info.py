@@ -32,9 +32,9 @@ def written(folder, config):
             "671,026,404,352 total", "37,552,282,624 activated",
             "11,610,067,968 more", "2,541,458,432 activated",
             "684,868,123,200 bytes",  # 688,574,839,360 without MTP's copies of embedding and head
-            "70,272 bytes a token", "250.46 GFLOP",
+            "70,272 bytes per token", "250.46 GFLOP",
         ]),
-        (MOONLIGHT, ["15,960,108,544 total", "2,914,774,528", "31,104 bytes a token"]),
+        (MOONLIGHT, ["15,960,108,544 total", "2,914,774,528", "31,104 bytes per token"]),
         (KIMI_K2, ["1,026,408,209,408", "32,861,477,888"]),
     ],
 )  # fmt: skip
