@@ -828,8 +828,8 @@ class PreTrainedModel(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, *modules: nn.Module) -> None:
-        """Matrices from a normal distribution of std initializer_range, norms 1, biases 0 (§4.2)."""
-        named = (item for module in modules for item in module.named_parameters())
+        """Of those modules, or all: matrices normal of std initializer_range, norms 1, biases 0 (§4.2)."""
+        named = (item for module in modules or [self] for item in module.named_parameters())
         for name, parameter in named:
             if parameter.ndim > 1:
                 parameter.normal_(0.0, self.config.initializer_range)
@@ -1216,11 +1216,11 @@ def trace(model: nn.Module, *patterns: str) -> Iterator[dict[str, Any]]:
     """
     if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
         raise ValueError("trace: a compiled model does not run hooks; trace the model that was compiled")
-    names, seen = dict(model.named_modules()), {}
+    names, seen = {name: module for name, module in model.named_modules() if name}, {}
     hits = {pattern: fnmatch.filter(names, pattern) + fnmatch.filter(names, "*." + pattern) for pattern in patterns}
     for pattern in (pattern for pattern in patterns if not hits[pattern]):
         last = pattern.rsplit(".", 1)[-1]
-        near = [name for name in names if last in name] or list(names)[1:]
+        near = [name for name in names if last in name] or list(names)
         raise ValueError(f"no module matches {pattern!r}; there are {', '.join(near[:12])}, …")
     with ExitStack() as handles:
         for name in itertools.chain(*hits.values()):

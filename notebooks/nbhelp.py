@@ -33,7 +33,8 @@ def predict(question, guess, actual, unit=""):
         print(line + "   (type your guess in place of None and run this cell again)")
     elif number and actual and guess and abs(guess / actual - 1) > 0.01:
         factor = guess / actual
-        verdict = f"{factor:.3g}× too high" if factor > 1 else f"{1 / factor:.3g}× too low" if factor > 0 else "wrong sign"
+        verdict = f"{factor:.3g}× too high" if factor > 1 else f"{1 / factor:.3g}× too low"
+        verdict = verdict if factor > 0 else "wrong sign"
         print(f"{line} · you {said[1]} · {verdict}")
     else:
         same = abs(guess - actual) <= 0.01 * abs(actual) if number else str(guess).lower() == str(actual).lower()
@@ -103,7 +104,8 @@ def check(id, function, *cases, like=None, tol=1e-5):
     reason = f"✗ {id} {name}, case {case + 1} of {len(cases)}: {problems[case]}"
     for turn in wrong:  # did somebody else take the same wrong turn?
         theirs = [outcome(defined(turn, name, space), case) for case in cases]
-        if all(e == error and (e or not difference(v, t, tol)) for (v, e), (t, error) in zip(found, theirs, strict=True)):
+        pairs = zip(found, theirs, strict=True)
+        if all(e == error and (e or not difference(v, t, tol)) for (v, e), (t, error) in pairs):
             reason += "; " + turn.strip().split("\n")[0].lstrip("# ")
             break
     print(reason)

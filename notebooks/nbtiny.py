@@ -59,7 +59,7 @@ def train(model, steps=250, gamma=2e-3, lr=3e-3, seed=0, each=None):
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps + 1, pct_start=0.1)
     model.train()
-    for step, tokens in zip(range(steps), data):
+    for step, tokens in zip(range(steps), data, strict=False):
         out = model(tokens, labels=tokens)
         out.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

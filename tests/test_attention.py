@@ -227,7 +227,7 @@ def test_the_cache_grows_by_half_or_as_much_as_is_needed(capacity, lengths, room
 
 def test_a_cache_in_training_gives_new_tokens_their_gradients():
     cache = LatentCache()
-    cache.append(0, torch.ones(1, 2, 3))
+    cache.append(0, torch.ones(1, 2, 3, requires_grad=True))
     cache.length = 2
     new = torch.full((1, 1, 3), 2.0, requires_grad=True)
     seen = cache.append(0, new)

@@ -87,12 +87,16 @@ def test_a_dtype_is_for_weights_and_not_for_the_bias(dtype, tmp_path):
         assert torch.equal(old, new)
 
 
-def test_a_bfloat16_bias_is_read_as_float32(tmp_path):
+def test_a_bfloat16_bias_is_read_as_float32_and_experts_in_two_dtypes_as_the_wider(tmp_path):
     """Moonlight's repository is bfloat16 throughout."""
     build(dtype=torch.bfloat16).save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    save_file({name: t.bfloat16() for name, t in load_file(file).items()}, file)
-    assert {bias.dtype for bias in router_biases(load(tmp_path))} == {torch.float32}
+    file, expert = tmp_path / "model.safetensors", "model.layers.1.mlp.experts.0.up_proj.weight"
+    held = {name: t.bfloat16() for name, t in load_file(file).items()}
+    save_file(held | {expert: held[expert].float()}, file)
+    model = load(tmp_path)
+    assert {bias.dtype for bias in router_biases(model)} == {torch.float32}
+    experts = model.model.layers[1].mlp.experts
+    assert (experts.up_proj.dtype, experts.gate_proj.dtype) == (torch.float32, torch.bfloat16)
 
 
 # ---- The released layout ----

@@ -114,6 +114,9 @@ def test_packed_documents_are_learnt_from_as_each_alone(training):
     """Its logits, its targets, none across a border; and its tokens' share of the balance loss."""
     model, ids = fresh().train(training), tokens(4, 10)
     out = model(ids, position_ids=POSITIONS, labels=ids)
+    for k, block in enumerate(model.mtp_blocks, 1):  # a row that would join two documents is no load
+        rows = sum(max(n - k, 0) for lengths in LENGTHS for n in lengths)
+        assert block.mlp.gate.load.sum() == 4 * rows * training
     main, ahead = [], [[] for _ in range(DEPTHS)]
     for i, lengths in enumerate(LENGTHS):
         for document, end in zip(ids[i].split(lengths), torch.tensor(lengths).cumsum(0), strict=True):
