@@ -469,7 +469,7 @@ def masked(scores: Tensor, mask: Maybe) -> Tensor:
     """Scores (B, H, T, S) in float32, -inf where a query does not see a key."""
     (T, S), scores = scores.shape[-2:], upcast(scores)
     if mask is None and T > 1:
-        mask = torch.ones(T, S, dtype=torch.bool, device=scores.device).tril(S - T)
+        mask = torch.ones(T, S, dtype=torch.bool, device=scores.device).tril()  # T = S, see `visible`
     if mask is None:
         return scores
     return scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
