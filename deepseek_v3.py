@@ -936,14 +936,11 @@ class DeepseekV3Model(PreTrainedModel):
         check_context(self, x, attention_mask, position_ids, cache)
         positions, documents = locate(attention_mask, position_ids, cache, x)
         context = self.context(positions, documents, attention_mask, cache)
-        layers, results = self.layers[: self.config.num_hidden_layers], []
-        for context.layer, layer in enumerate(layers):
-            x, attention, routing = self.run(layer, context, x, output_attentions=output_attentions)
-            results.append((x if output_hidden_states else None, attention, routing))
+        layers = self.layers[: self.config.num_hidden_layers]
+        x, states, attentions, routings = self.run_all(layers, context, x, output_attentions, output_hidden_states)
         last = self.norm(x.to(home(self.norm, x))).to(embeds.device)  # (B, T, D)
         if cache is not None:
             cache.advance(documents, x.shape[1])
-        states, attentions, routings = zip(*results, strict=True)
         return ModelOutput(
             last_hidden_state=last, past_key_values=cache, inputs_embeds=embeds,
             documents=None if documents is None else documents[:, -x.shape[1] :],
@@ -959,6 +956,14 @@ class DeepseekV3Model(PreTrainedModel):
         S = T + (0 if cache is None else cache.length)
         cos, sin = self.rotary_emb(positions)  # (B or 1, T, 1, R/2), (B or 1, T, 1, R/2)
         return Context(cos, sin, visible(documents, given, T, S, positions.device), cache)
+
+    def run_all(self, layers: nn.ModuleList, context: Context, x: Tensor, attentions: bool, states: bool) -> tuple:
+        """x (B, T, D) through the layers, and a tuple each of what they return, as far as it is wanted."""
+        results = []
+        for context.layer, layer in enumerate(layers):
+            x, attention, routing = self.run(layer, context, x, output_attentions=attentions)
+            results.append((x if states else None, attention, routing))
+        return x, *zip(*results, strict=True)
 
     def run(self, layer: nn.Module, context: Context, *inputs: Tensor, output_attentions: bool = False) -> tuple:
         """A layer, where its weights are; recomputed in backward if asked -> (B, T, D), …"""
@@ -1295,6 +1300,8 @@ def check_context(model: DeepseekV3Model, x: Tensor, attention_mask: Any, positi
 
 def check_request(labels: Any, logits_to_keep: Any, output_mtp: bool, past: int) -> None:
     """ValueError for what a causal LM cannot be asked for, or not together."""
+    if torch.compiler.is_compiling():
+        return
     require(type(logits_to_keep) is int and logits_to_keep >= 0, f"{logits_to_keep=}: must be 0 (all) or more")
     require(labels is None or not logits_to_keep, "labels need all logits: leave logits_to_keep at 0")
     require(not (output_mtp and past), "output_mtp needs all tokens in this call: leave past_key_values out")
@@ -1309,9 +1316,9 @@ def check_ids(name: str, ids: Tensor, vocab: int, ignored: int | None = None) ->
 
 def check_labels(labels: Any, shape: tuple, classes: int, count: Any = None) -> None:
     """ValueError unless labels are ids of that shape, each of a class, or -100 to be ignored."""
-    counts = isinstance(count, Tensor | None) or isinstance(count, int) and count > 0
-    require(counts, f"num_items_in_batch={count!r}: must be a whole number above 0, or a tensor")
     if not torch.compiler.is_compiling():
+        counts = isinstance(count, Tensor | None) or isinstance(count, int) and count > 0
+        require(counts, f"num_items_in_batch={count!r}: must be a whole number above 0, or a tensor")
         check_tensor("labels", labels, (torch.int64,), tuple(shape))
         check_ids("labels", labels, classes, ignored=-100)
 
