@@ -271,7 +271,8 @@ def dequantise(weight: Tensor, scale_inv: Maybe, dtype: torch.dtype) -> Tensor:
 def linear(x: Tensor, weight: Tensor, scale_inv: Maybe = None, bias: Maybe = None) -> Tensor:
     """x @ weightᵀ + bias for any stored dtype; a few float32 rows on a CPU take a faster form."""
     weight = dequantise(weight, scale_inv, x.dtype)
-    if x.is_cpu and x.dtype == torch.float32 and type(weight) in (Tensor, nn.Parameter) and not is_traced(x):
+    large = type(weight) in (Tensor, nn.Parameter) and weight.numel() >= 2**17
+    if large and x.is_cpu and x.dtype == torch.float32 and not is_traced(x):
         return linear_on_a_cpu(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -281,15 +282,14 @@ def linear_on_a_cpu(x: Tensor, weight: Tensor, bias: Maybe) -> Tensor:
     It multiplies so few rows on one core, and reads the weight at a third of the rate of its own
     sums; this way, decoding takes two thirds of the time (tests/benchmark.py).
     """
-    rows = x.reshape(-1, x.shape[-1])
-    if weight.numel() < 2**17 or not 0 < len(rows) <= 4:
+    rows, (n_out, n_in) = x.reshape(-1, x.shape[-1]), weight.shape
+    if not 0 < rows.shape[0] <= 4:
         return F.linear(x, weight, bias)
-    if len(rows) == 1 and weight.numel() <= 2**20:  # so that the products stay in the cache
+    if rows.shape[0] == 1 and weight.numel() <= 2**20:  # so that the products stay in the cache
         y = (weight * rows).sum(-1)
     else:  # the outputs in parts, for the cores to share
-        parts = weight.reshape(math.gcd(len(weight), 8), -1, x.shape[-1])
-        y = (rows @ parts.mT).transpose(0, 1)
-    y = y.reshape(*x.shape[:-1], len(weight))
+        y = (rows @ weight.reshape(math.gcd(n_out, 8), -1, n_in).mT).transpose(0, 1)
+    y = y.reshape(*x.shape[:-1], n_out)
     return y if bias is None else y + bias
 
 class Linear(nn.Linear):
@@ -323,9 +323,9 @@ def is_plain(module: nn.Module, kind: type) -> bool:
 
     Only then may its weight be read directly, or its call be skipped, without anyone missing it.
     """
-    hooks = (module._forward_hooks, module._forward_pre_hooks)
-    hooks += (module._backward_hooks, module._backward_pre_hooks)
-    plain = type(module) is kind and not any(hooks) and "forward" not in module.__dict__
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    hooked = hooked or module._backward_hooks or module._backward_pre_hooks
+    plain = type(module) is kind and not hooked and "forward" not in module.__dict__
     return plain and type(module._parameters.get("weight")) in (nn.Parameter, NoneType)
 
 @torch.library.custom_op("deepseek_v3::grouped_mm", mutates_args=())
@@ -1875,7 +1875,7 @@ def check_coverage(model, stored, sources, whole):
     wanted, wrong, depth = {}, [], whole.num_hidden_layers
     for name, pieces in sources.items():
         if name.startswith("score.") and not pieces.keys() & stored.files.keys():
-            warnings.warn(f"{name}: not in the checkpoint, newly initialised", stacklevel=3)
+            warnings.warn(f"{name}: not in the checkpoint, newly initialised", stacklevel=4)
         else:
             wanted |= dict.fromkeys(pieces, tuple(find_tensor(model, name).shape[-2:]))
     wanted |= {n: wanted[of] for n, of in mtp_copies(model, depth).items() if n in stored.files}
