@@ -79,7 +79,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tokenizers.decoders import DecodeStream
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -328,7 +328,7 @@ def is_plain(module: nn.Module, kind: type) -> bool:
     plain = type(module) is kind and not hooked and "forward" not in module.__dict__
     return plain and type(module._parameters.get("weight")) in (nn.Parameter, NoneType)
 
-@torch.library.custom_op("deepseek_v3::grouped_mm", mutates_args=())
+@library.custom_op("deepseek_v3::grouped_mm", mutates_args=())
 def grouped_mm(x: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
     """Rows of x times the matrix of their group: (rows, in), (groups, in, out), offs (groups) their ends.
 
