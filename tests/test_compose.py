@@ -439,3 +439,34 @@ def test_take_gradients_with_torch_func():
         close(alone[0][name], gradient)
         close(pull(torch.ones_like(value))[0][name], gradient)
         close(batched[name], torch.stack([each[name] for each in alone]))
+
+def test_take_gradients_through_several_cached_steps():
+    """The last queries alone are trained: what a step read from the cache outlives the next one's writing."""
+    model = small(num_nextn_predict_layers=0)
+    model.requires_grad_(False)
+    weight = model.model.layers[-1].self_attn.q_b_proj.weight.requires_grad_()
+    expected, = torch.autograd.grad(model(IDS).logits.square().sum(), weight)
+    cache, parts = None, []
+    for part in IDS.split([8, 1, 1, 1, 1], 1):
+        out = model(part, past_key_values=cache, use_cache=True)
+        cache, parts = out.past_key_values, [*parts, out.logits]
+    found, = torch.autograd.grad(torch.cat(parts, 1).square().sum(), weight)
+    close(found, expected, 1e-5 * expected.abs().max().item())
+
+@torch.no_grad()
+def test_repeat_a_layer_by_copying_it():
+    model = small(num_nextn_predict_layers=0)
+    layers = list(model.model.layers)
+    model.model.layers = torch.nn.ModuleList([*layers, copy.deepcopy(layers[-1])])
+    model.config.num_hidden_layers = len(layers) + 1
+    close(in_chunks(model, IDS, [8, 1, 1, 2])[0], model(IDS).logits)
+
+def test_keep_a_model_whole_after_torch_func():
+    """torch.func.grad in training mode leaves no wrapped tensor behind in the routers' loads."""
+    model = small().train()
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    call = partial(torch.func.functional_call, model)
+    torch.func.grad(lambda p: call(p, (IDS,), {"labels": IDS}).loss)(parameters)
+    copy.deepcopy(model)
+    model(IDS, labels=IDS)
+    assert len(model.update_router_bias()) > 0
