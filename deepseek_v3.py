@@ -69,7 +69,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import NoneType
+from types import NoneType, SimpleNamespace
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -93,9 +93,10 @@ class DeepseekV3Config:
     """Every size and switch, named as in the released config.json; the defaults are the 671B model.
 
     Other keys of a config.json are kept in `extra` and written back. Both spellings of the RoPE
-    settings are read. Without `model_type`, missing fields are V3's; with it, the keywords are taken
-    for a whole config.json, in which missing YaRN and MTP settings mean off. ValueError names a field
-    that cannot work and says what would.
+    settings are read, and the model types that compute this very model (TWINS, section 12). Without
+    `model_type`, missing fields are V3's; with it, the keywords are taken for a whole config.json, in
+    which missing YaRN and MTP settings mean off. ValueError names a field that cannot work and says
+    what would.
     """
 
     vocab_size: int = 129280
@@ -165,7 +166,7 @@ class DeepseekV3Config:
     def to_dict(self) -> dict:
         """Every field and every kept key, as config.json has them."""
         known = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return FIXED_KEYS | known | self.extra
+        return {"model_type": "deepseek_v3"} | FIXED_KEYS | known | self.extra | layer_types(self)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike, **overrides: Any) -> Self:
@@ -825,14 +826,19 @@ class PreTrainedModel(nn.Module):
     def __init__(self, config: DeepseekV3Config) -> None:
         super().__init__()
         self.config = config
+        # generation_config.json of the folder that the model came from: generate stops on its ids.
+        self.generation_config = SimpleNamespace(eos_token_id=None, pad_token_id=None)
+        self.tokenizer_files: dict[str, bytes] = {}  # of that folder, to be saved along
 
     @torch.no_grad()
     def init_weights(self, *modules: nn.Module) -> None:
         """Of those modules, or all: matrices normal of std initializer_range, norms 1, biases 0 (§4.2)."""
         named = (item for module in modules or [self] for item in module.named_parameters())
+        std = self.config.initializer_range
+        embedding_std = self.config.extra.get("embedding_initializer_range", std)  # Youtu's
         for name, parameter in named:
             if parameter.ndim > 1:
-                parameter.normal_(0.0, self.config.initializer_range)
+                parameter.normal_(0.0, embedding_std if name.endswith("embed_tokens.weight") else std)
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
@@ -881,7 +887,7 @@ class PreTrainedModel(nn.Module):
         device_map: a device (None: the CPU), {module path: device}, of which the longest path that
         fits counts, or "auto" (= "balanced") or "sequential", which split by bytes over the GPUs and
         then the CPU, or over max_memory, {0: "141GB", "cpu": "64GB"}.
-        dtype: None keeps what the checkpoint holds; a dtype dequantises FP8 while loading.
+        dtype: None or "auto" keeps what the checkpoint holds; a dtype dequantises FP8 while loading.
         num_hidden_layers: load only so many first layers, and open only the shards that hold them.
         Other keywords override fields of the config. FileNotFoundError or ValueError names the file or
         tensor that is missing, unexpected, mis-shaped or broken, before anything is loaded.
@@ -1040,20 +1046,35 @@ class DeepseekV3ForCausalLM(PreTrainedModel):
     def generate(
         self, input_ids: Maybe = None, attention_mask: Maybe = None, max_new_tokens: int = 64,
         do_sample: bool = False, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-        min_p: float = 0.0, eos_token_id: int | list[int] | None = None, use_mtp: bool = False,
+        min_p: float = 0.0, repetition_penalty: float = 1.0, num_return_sequences: int = 1,
+        logits_processor: Callable | list[Callable] | None = None, eos_token_id: int | list[int] | None = None,
+        past_key_values: LatentCache | None = None, inputs_embeds: Maybe = None, use_mtp: bool = False,
         num_draft_tokens: int | None = None, generator: torch.Generator | None = None,
         streamer: Callable | None = None, statistics: list | None = None,
     ) -> Tensor:  # fmt: skip
         """Continue input_ids (B, T) by up to max_new_tokens -> (B, T + new), padded behind a row's end.
 
-        eos_token_id: an id or a list, None for the config's, -1 never stops. Prompts may be padded on
-        either side if attention_mask (B, T) says where. streamer(ids (B)) is called for each column.
+        Prompts may be padded on either side if attention_mask (B, T) says where. inputs_embeds (B, T, D)
+        are read in place of tokens; without input_ids, only the new tokens are returned.
+        past_key_values: the cache of the first tokens of input_ids; the others are read, and it grows.
+        logits_processor(ids (B, n), scores (B, vocab)) -> scores, or a list of them, as in transformers.
+        num_return_sequences: so many rows for each prompt, which is read once; for do_sample.
+        eos_token_id: an id or a list, -1 never stops, None: generation_config.json's, else the config's.
+        streamer(ids (B)) is called for each column of new tokens.
         use_mtp drafts num_draft_tokens per step, by default one per module: the same tokens, or when
         sampling the same distribution, in fewer steps; a list `statistics` gains (drafted, accepted).
         """
-        sampling = Sampling(do_sample, temperature, top_k, top_p, min_p, generator)  # section 11
+        sampling = Sampling(
+            do_sample, temperature, top_k, top_p, min_p, repetition_penalty, num_return_sequences,
+            logits_processor, generator,
+        )  # section 11  # fmt: skip
+        prompt = Prompt(input_ids, attention_mask, inputs_embeds, past_key_values)
         sinks, drafts = (streamer, statistics), (use_mtp, num_draft_tokens)
-        return generate(self, input_ids, attention_mask, max_new_tokens, sampling, eos_token_id, drafts, sinks)
+        return generate(self, prompt, max_new_tokens, sampling, eos_token_id, drafts, sinks)
+
+    def prepare_inputs_for_generation(self, input_ids: Maybe = None, **inputs: Any) -> dict[str, Any]:
+        """What generate reads first. peft exchanges this method, to put a learned prompt in front."""
+        return {"input_ids": input_ids, **inputs}
 
 class DeepseekV3ForTokenClassification(PreTrainedModel):
     """A label per token: logits (B, T, num_labels); labels (B, T) are not shifted, -100 is ignored."""
@@ -1140,19 +1161,25 @@ def add_balance_loss(model: PreTrainedModel, out: ModelOutput, labels: Tensor, c
     out.balance_loss = (out.balance_loss / rows).sum()
     out.loss = out.loss + model.config.balance_loss_weight * out.balance_loss
 
+PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
+
 def classification_loss(model: PreTrainedModel, out: ModelOutput, labels: Tensor, count: Any) -> None:
     """Loss of a label per token or sequence, with the balance loss in training, into `out`.
 
     Labels of tokens are (B, T). Of sequences they are class ids (B), floats (B) for regression
-    (num_labels 1), or floats (B, num_labels) where several labels may hold at once.
+    (num_labels 1), or floats (B, num_labels) where several labels may hold at once; a config's
+    problem_type says which, if it is not as the labels look.
     """
-    logits = upcast(out.logits)
-    check_classes(labels, logits, count)
+    logits, kind = upcast(out.logits), model.config.extra.get("problem_type")
+    if kind is None:
+        several = isinstance(labels, Tensor) and labels.is_floating_point()
+        kind = "regression" if logits.shape[-1] == 1 else PROBLEMS[1 + several]
+    check_classes(labels, logits, kind, count)
     if logits.ndim == 3:
         out.main_loss = shifted_cross_entropy(logits, labels, 0, None, count)
-    elif model.config.num_labels == 1:
-        out.main_loss = F.mse_loss(logits.squeeze(-1), labels.to(logits.dtype).flatten())
-    elif labels.is_floating_point():
+    elif kind == "regression":
+        out.main_loss = F.mse_loss(logits, labels.to(logits.dtype).view_as(logits))
+    elif kind == "multi_label_classification":
         out.main_loss = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
     else:
         out.main_loss = F.cross_entropy(logits, labels.flatten())
@@ -1322,13 +1349,14 @@ def check_labels(labels: Any, shape: tuple, classes: int, count: Any = None) -> 
         check_tensor("labels", labels, (torch.int64,), tuple(shape))
         check_ids("labels", labels, classes, ignored=-100)
 
-def check_classes(labels: Any, logits: Tensor, count: Any) -> None:
-    """ValueError unless labels are what classification_loss takes with these logits."""
-    (B, *_), classes, tensor = logits.shape, logits.shape[-1], isinstance(labels, Tensor)
-    if logits.ndim == 2 and tensor and (classes == 1 or labels.is_floating_point()):
+def check_classes(labels: Any, logits: Tensor, kind: str, count: Any) -> None:
+    """ValueError unless labels are what classification_loss takes with these logits, of that kind."""
+    require(kind in PROBLEMS, f"problem_type={kind!r}: must be one of {', '.join(PROBLEMS)}")
+    (B, *_), classes = logits.shape, logits.shape[-1]
+    if logits.ndim == 2 and kind != PROBLEMS[1]:
         check_tensor("labels", labels, (*FLOATS, *IDS), (B, classes), *([(B,)] if classes == 1 else []))
     else:
-        flat = tensor and logits.ndim == 2
+        flat = isinstance(labels, Tensor) and logits.ndim == 2
         check_labels(labels.flatten() if flat else labels, logits.shape[:-1], classes, count)
 
 # ---- 11. Generation -----------------------------------------------------------------------------
@@ -1342,20 +1370,51 @@ class Sampling:
     top_k: int = 0  # keep the k likeliest, 0: all
     top_p: float = 1.0  # keep the fewest that hold this much probability
     min_p: float = 0.0  # keep those at least this fraction as likely as the likeliest
+    repetition_penalty: float = 1.0  # above 1: less of the tokens that are there
+    num_return_sequences: int = 1
+    logits_processor: Callable | list[Callable] | None = None
     generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
+        several = lambda n: type(n) is int and (n == 1 or n > 1 and self.do_sample)  # noqa: E731
         rules = {
             "temperature": (lambda x: 0 < x < math.inf, "above 0; greedy is do_sample=False"),
             "top_k": (lambda k: k >= 0 and isinstance(k, int), "0 (off) or more"),
             "top_p": (lambda p: 0 < p <= 1, "in (0, 1]"),
             "min_p": (lambda p: 0 <= p <= 1, "in [0, 1]"),
+            "repetition_penalty": (lambda x: 0 < x < math.inf, "above 0; 1 is off"),
+            "num_return_sequences": (several, "1 or more; several need do_sample=True"),
         }
         for name, (holds, right) in rules.items():
             value = getattr(self, name)
             require(isinstance(value, int | float) and holds(value), f"{name}={value!r}: must be {right}")
         known = isinstance(self.generator, torch.Generator | None)
         require(known, f"generator={self.generator!r}: must be a torch.Generator")
+        given = [] if self.logits_processor is None else self.logits_processor
+        self.processors = list(given) if isinstance(given, list | tuple) else [given]
+        called = all(callable(each) for each in self.processors)
+        require(called, f"logits_processor={given!r}: must be a function of ids and scores, or a list of them")
+        if self.repetition_penalty != 1:
+            self.processors.insert(0, self.penalise)
+
+    def penalise(self, ids: Tensor, scores: Tensor) -> Tensor:
+        """Make tokens that are in ids (B, n) less likely; scores (B, vocab) -> the same."""
+        seen, penalty = scores.gather(-1, ids), self.repetition_penalty
+        return scores.scatter(-1, ids, torch.where(seen > 0, seen / penalty, seen * penalty))
+
+    def process(self, logits: Tensor, drafts: Tensor, gained: "Continuation") -> Tensor:
+        """Logits (B, T, vocab) as the processors leave them; row t stands behind t of the drafts."""
+        if not self.processors:
+            return logits
+        logits = upcast(logits).clone()
+        for rows, ids in gained.histories():
+            for t in range(logits.shape[1]):
+                before, scores = torch.cat([ids, drafts[rows, :t]], 1), logits[rows, t]
+                for each in self.processors:
+                    scores = each(before, scores)
+                check_tensor("what logits_processor returns", scores, FLOATS, tuple(logits[rows, t].shape))
+                logits[rows, t] = scores
+        return logits
 
     def distribution(self, logits: Tensor) -> Tensor:
         """Probabilities that a token is drawn from, logits (..., vocab) -> the same; greedy: all on one."""
@@ -1403,27 +1462,31 @@ class Sampling:
         # Where p and q differ by rounding only, nothing may be left to draw from: then p is right.
         return accepted, self.draw(residual.where(residual.sum(-1, keepdim=True) > 0, p))
 
-def stop_ids(config: DeepseekV3Config, eos_token_id: int | list[int] | None) -> list[int]:
-    """End-of-sequence ids as a list: those given, else the config's; -1 stands for none."""
-    given = config.eos_token_id if eos_token_id is None else eos_token_id
+def special_id(model: PreTrainedModel, name: str) -> Any:
+    """An id of generation_config.json, else of config.json."""
+    found = getattr(model.generation_config, name, None)
+    return getattr(model.config, name) if found is None else found
+
+def stop_ids(model: PreTrainedModel, eos_token_id: int | list[int] | None) -> list[int]:
+    """End-of-sequence ids as a list: those given, else the model's; -1 stands for none."""
+    given = special_id(model, "eos_token_id") if eos_token_id is None else eos_token_id
     ids = given if isinstance(given, list | tuple) else [] if given is None else [given]
     whole = all(type(token) is int for token in ids)
     require(whole, f"eos_token_id={given!r}: must be a token id, a list of them, or None")
     return [] if -1 in ids else list(ids)
 
 class Continuation:
-    """The tokens that each row has gained, up to `most`; a column is emitted once all rows reach it."""
+    """The tokens that each row of ids (B, T) gains, up to `most`; a column is emitted once all reach it."""
 
     def __init__(
-        self, config: DeepseekV3Config, rows: int, most: int, eos_token_id: int | list[int] | None,
+        self, ids: Tensor, most: int, stops: list[int], pad: int | None,
         streamer: Callable | None, statistics: list | None,
     ) -> None:  # fmt: skip
         require(streamer is None or callable(streamer), f"{streamer=}: must be a function of token ids")
-        self.most, self.streamer = most, streamer
+        self.ids, self.most, self.stops, self.streamer = ids, most, stops, streamer
         self.statistics = [] if statistics is None else statistics
-        self.stops = stop_ids(config, eos_token_id)
-        self.pad = (self.stops or [0])[0] if config.pad_token_id is None else config.pad_token_id
-        self.rows, self.columns, self.finished = [[] for _ in range(rows)], [], [most == 0] * rows
+        self.pad = (stops or [0])[0] if pad is None else pad
+        self.rows, self.columns, self.finished = [[] for _ in ids], [], [most == 0] * len(ids)
 
     def add(self, drafts: Tensor, accepted: Tensor, token: Tensor) -> None:
         """Append each row's accepted drafts (B, T-1) and the token behind them, up to its end."""
@@ -1441,6 +1504,18 @@ class Continuation:
             self.columns.append(torch.tensor(column, device=token.device))
             if self.streamer is not None:
                 self.streamer(self.columns[-1])
+
+    def histories(self) -> Iterator[tuple[slice, Tensor]]:
+        """Prompts and gains, (B, n); where drafts made rows unlike in length, row by row, (1, n)."""
+        longest, ends = max(map(len, self.rows)), zip(self.rows, self.finished, strict=True)
+        alike = all(end or len(row) == longest for row, end in ends)
+        size = len(self.rows) if alike else 1
+        for i in range(0, len(self.rows), size):
+            rows = self.rows[i : i + size]
+            if alike:  # nobody looks at what stands behind a row's end
+                rows = [row + row[-1:] * (longest - len(row)) for row in rows]
+            gains = torch.tensor(rows, dtype=self.ids.dtype, device=self.ids.device)
+            yield slice(i, i + size), torch.cat([self.ids[i : i + size], gains], 1)
 
 def slots_of_depth(k: int, known: Tensor) -> Maybe:
     """Documents (see LatentCache) of depth k's rows, whose first stands at the k-th real token.
@@ -1507,20 +1582,73 @@ class Drafter:
         cache.advance(documents, tokens.shape[1])
         return hidden.to(tokens.device)
 
+@dataclass
+class Prompt:
+    """What generate continues: tokens (B, T) or embeddings (B, T, D), their padding, a cache of the first."""
+
+    input_ids: Maybe
+    attention_mask: Maybe = None
+    inputs_embeds: Maybe = None
+    cache: LatentCache | None = None
+
+    def check(self, config: DeepseekV3Config) -> None:
+        """ValueError for what cannot be continued. Without tokens, input_ids are (B, 0) afterwards."""
+        ids, embeds, cache = self.input_ids, self.inputs_embeds, self.cache
+        check_inputs(ids if embeds is None else None, embeds, config)
+        B, T = (ids if embeds is None else embeds).shape[:2]
+        if ids is None:
+            self.input_ids = torch.empty(B, 0, dtype=torch.long, device=embeds.device)
+        else:
+            check_tensor("input_ids", ids, IDS, (B, T))
+            self.input_ids = ids.long()
+        if self.attention_mask is not None:
+            check_tensor("attention_mask", self.attention_mask, MASKS, (B, T))
+        ours = isinstance(cache, LatentCache | None)
+        require(ours, f"past_key_values: {described(cache)}: must be what a call before gave")
+        held = 0 if cache is None else cache.length
+        require(held < T, f"past_key_values holds {held} tokens of {T}: one or more must be left to read")
+
+    def infer_mask(self, pad: int | None, stops: list[int]) -> None:
+        """Take pad ids for padding, as transformers does, if nobody said what they are."""
+        given = self.attention_mask is not None or self.cache is not None and self.cache.length > 0
+        if not given and pad is not None and pad not in stops and bool((self.input_ids == pad).any()):
+            warnings.warn(f"no attention_mask: pad_token_id={pad} in input_ids is taken for padding", stacklevel=4)
+            self.attention_mask = (self.input_ids != pad).long()
+
+    def read(self, model: DeepseekV3ForCausalLM, rows: int, room: int) -> tuple[Tensor, LatentCache]:
+        """The forward over it -> states (B * rows, T, D), and the cache, with room for so many more."""
+        cache, embeds = self.cache or LatentCache(self.input_ids.shape[1] + room), self.inputs_embeds
+        inputs = model.prepare_inputs_for_generation(
+            input_ids=self.input_ids[:, cache.length :] if embeds is None else None,
+            attention_mask=self.attention_mask,
+            inputs_embeds=embeds if embeds is None else embeds[:, cache.length :],
+        )
+        hidden = model.model(**inputs, past_key_values=cache).last_hidden_state  # (B, T, D)
+        if rows > 1:
+            hidden, cache = hidden.repeat_interleave(rows, 0), cache.repeat_interleave(rows)
+        return hidden, cache
+
 def decode(
-    model: DeepseekV3ForCausalLM, window: Tensor, attention_mask: Maybe, sampling: Sampling,
-    most_drafts: int, gained: Continuation,
-) -> None:  # fmt: skip
+    model: DeepseekV3ForCausalLM, prompt: Prompt, sampling: Sampling, most_drafts: int, gained: Continuation
+) -> None:
     """Make `gained` as long as it gets: draft, verify all drafts in one pass, forget those that fell."""
-    cache = LatentCache(window.shape[1] + min(gained.most, 4096))  # an early end is likely before
+    rows, room = sampling.num_return_sequences, min(gained.most, 4096)  # an early end is likely before
+    hidden, cache = prompt.read(model, rows, room)  # (B, T, D)
     drafter = Drafter(model, sampling, most_drafts, cache.capacity)
-    hidden = model.model(window, attention_mask, past_key_values=cache).last_hidden_state  # (B, T, D)
-    known = (torch.ones_like(window) if attention_mask is None else attention_mask).bool()  # (B, T)
-    last = last_real_token(hidden, None, attention_mask, None)  # (B)
+    documents = torch.ones(len(hidden), cache.length, dtype=torch.long, device=gained.ids.device)
+    documents = documents if cache.documents is None else cache.documents  # (B, S)
+    known, window = documents > 0, gained.ids  # (B, S), (B, T)
+    if most_drafts:  # MTP modules leave out slots whose token or state is not at hand
+        unread = cache.length - min(hidden.shape[1], window.shape[1])
+        hidden = F.pad(hidden, (0, 0, cache.length - hidden.shape[1], 0))  # (B, S, D)
+        window = F.pad(window, (cache.length - window.shape[1], 0))  # (B, S)
+        known = known & (torch.arange(cache.length, device=known.device) >= unread)
+    last = last_real_token(hidden, None, documents, None)  # (B)
     newest = hidden[torch.arange(len(last), device=last.device), last].unsqueeze(1)
-    p = sampling.distribution(model.lm_head(newest))
-    drafts, q = none = window[:, :0], p[:, :0]
+    logits = model.lm_head(newest)  # (B, 1, vocab)
+    drafts, q = none = gained.ids[:, :0], logits[:, :0]
     while True:
+        p = sampling.distribution(sampling.process(logits, drafts, gained))
         accepted, token = sampling.accept(drafts, q, p)
         gained.add(drafts, accepted, token)
         if all(gained.finished):
@@ -1531,14 +1659,15 @@ def decode(
             last = accepted.masked_fill(torch.tensor(gained.finished, device=last.device), 0)  # (B)
             stands = torch.arange(int(last.max()) + 1, device=last.device) <= last.unsqueeze(1)
             known = torch.cat([known, stands], 1)
+            documents = torch.cat([documents, documents.amax(-1, keepdim=True) * stands], 1)
             cache.crop(known.shape[1])
-            cache.documents = slots_of_depth(1, known)
+            cache.documents = None if (documents == 1).all() else documents
             window, hidden = window[:, : stands.shape[1]], hidden[:, : stands.shape[1]]
         count = min(most_drafts, gained.most - 1 - min(map(len, gained.rows)))
         drafts, q = drafter.draft(window, hidden, known, last, token, count) if count else none
         window = torch.cat([token.unsqueeze(1), drafts], 1)
         hidden = model.model(window, past_key_values=cache).last_hidden_state
-        p = sampling.distribution(model.lm_head(hidden))
+        logits = model.lm_head(hidden)
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
@@ -1553,20 +1682,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def generate(
-    model: DeepseekV3ForCausalLM, input_ids: Maybe, attention_mask: Maybe, max_new_tokens: int,
-    sampling: Sampling, eos_token_id: int | list[int] | None, drafts: tuple, sinks: tuple,
+    model: DeepseekV3ForCausalLM, prompt: Prompt, max_new_tokens: int, sampling: Sampling,
+    eos_token_id: int | list[int] | None, drafts: tuple, sinks: tuple,
 ) -> Tensor:  # fmt: skip
-    """DeepseekV3ForCausalLM.generate, whose settings come checked and grouped by what they are for."""
-    check_inputs(input_ids, None, model.config)
-    if attention_mask is not None:
-        check_tensor("attention_mask", attention_mask, MASKS, tuple(input_ids.shape))
+    """DeepseekV3ForCausalLM.generate, whose settings come grouped by what they are for."""
+    prompt.check(model.config)
     whole = type(max_new_tokens) is int and max_new_tokens >= 0
     require(whole, f"{max_new_tokens=}: must be a whole number, 0 or more")
-    gained = Continuation(model.config, len(input_ids), max_new_tokens, eos_token_id, *sinks)
-    most_drafts = drafts_per_step(model, *drafts)
+    stops, pad = stop_ids(model, eos_token_id), special_id(model, "pad_token_id")
+    prompt.infer_mask(pad, stops)
+    ids = prompt.input_ids.repeat_interleave(sampling.num_return_sequences, 0)
+    gained, most_drafts = Continuation(ids, max_new_tokens, stops, pad, *sinks), drafts_per_step(model, *drafts)
     with evaluating(model):
-        decode(model, input_ids.long(), attention_mask, sampling, most_drafts, gained)
-    return torch.cat([input_ids, *(column.unsqueeze(1) for column in gained.columns)], 1)
+        decode(model, prompt, sampling, most_drafts, gained)
+    return torch.cat([ids, *(column.unsqueeze(1) for column in gained.columns)], 1)
 
 def drafts_per_step(model: DeepseekV3ForCausalLM, use_mtp: bool, num_draft_tokens: int | None) -> int:
     """Tokens to draft per step, 0 without use_mtp; ValueError for what cannot be asked for."""
@@ -1581,35 +1710,61 @@ def drafts_per_step(model: DeepseekV3ForCausalLM, use_mtp: bool, num_draft_token
 # ---- 12. Checkpoints, in the released layout ----------------------------------------------------
 
 # Keys that have one value in the whole family; others are refused.
-FIXED_KEYS = {"model_type": "deepseek_v3", "hidden_act": "silu", "attention_dropout": 0.0}
-FIXED_KEYS |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+FIXED_KEYS = {"hidden_act": "silu", "attention_dropout": 0.0, "scoring_func": "sigmoid"}
+FIXED_KEYS |= {"topk_method": "noaux_tc"}
+
+# The model types that compute this very model: the prefix of their classes, and what other fields
+# are where a config.json leaves them out.
+TWINS = {
+    "deepseek_v3": ("DeepseekV3", {}),
+    "kimi_k2": ("DeepseekV3", {}),
+    "glm4_moe_lite": ("Glm4MoeLite", {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}),
+    "youtu": ("Youtu", {"tie_word_embeddings": True}),  # dense layers alone
+}
 
 def config_values(given):
     """The fields of a config and `extra`, from keywords in any of the spellings in use."""
+    kind = given.get("model_type")
+    right = f"{', '.join(TWINS)}: other models compute something else"
+    require(kind in (None, *TWINS), f"model_type={kind!r}: must be one of {right}")
     values = {field.name: field.default for field in dataclasses.fields(DeepseekV3Config)}
-    values |= {"num_nextn_predict_layers": 0} if "model_type" in given else {"rope_scaling": dict(YARN_V3)}
+    values |= {"rope_scaling": dict(YARN_V3)} if kind is None else {"num_nextn_predict_layers": 0} | TWINS[kind][1]
     if "rope_parameters" in given:  # transformers 5 has both RoPE settings in one dict
         rope = given.pop("rope_parameters") or {}
         require(isinstance(rope, dict), f"rope_parameters={rope!r}: must be a dict")
-        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-        given |= {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": scaling or None}
+        apart = ("rope_theta", "partial_rotary_factor")
+        given["rope_scaling"] = {key: value for key, value in rope.items() if key not in apart} or None
+        given |= {key: rope[key] for key in apart if key in rope}
     if "num_mtp_layers" in given:  # transformers' name
         given["num_nextn_predict_layers"] = given.pop("num_mtp_layers")
     if isinstance(given.get("id2label"), dict):
         values["num_labels"] = len(given["id2label"])
     if given.get("num_key_value_heads") is None:
         given["num_key_value_heads"] = given.get("num_attention_heads", values["num_attention_heads"])
+    if kind == "glm4_moe_lite" and given.get("mlp_layer_types"):
+        types = given.pop("mlp_layer_types")
+        given["first_k_dense_replace"] = dense = (*types, "sparse").index("sparse")
+        ordered = types == ["dense"] * dense + ["sparse"] * (len(types) - dense)
+        require(ordered, f"mlp_layer_types={types!r}: must be 'dense' layers, then 'sparse' ones")
+    if kind == "youtu":
+        given["first_k_dense_replace"] = given.get("num_hidden_layers", values["num_hidden_layers"])
     values = {name: given.pop(name, default) for name, default in values.items()}
     scaling = values["rope_scaling"]
     if isinstance(scaling, dict) and scaling.get("rope_type", scaling.get("type")) == "default":
         values["rope_scaling"] = None
     return values | {"extra": given}
 
+def layer_types(config):
+    """How GLM's config.json tells dense layers, {} for other models."""
+    dense, L = config.first_k_dense_replace, config.num_hidden_layers
+    glm = config.extra.get("model_type") == "glm4_moe_lite"
+    return {"mlp_layer_types": (["dense"] * dense + ["sparse"] * (L - dense))[:L]} if glm else {}
+
 def load_config(cls, path, overrides):
     """A config from a folder's config.json, or from that file."""
-    path = as_path(path)
+    path = existing(path)
     file = path / "config.json" if os.path.isdir(path) else path
-    return cls(**(FIXED_KEYS | read_json(file) | overrides))
+    return cls(**({"model_type": "deepseek_v3"} | read_json(file) | overrides))
 
 def check_config(config):
     """ValueError for a config that cannot work, naming field, value and what would be right."""
@@ -1629,9 +1784,9 @@ def check_config(config):
         "rope_theta": (config.rope_theta > 1, "above 1"),
         "quantization_config": (released, f"as released, {QUANTIZATION}"),
     }
-    for name, only in (FIXED_KEYS | {"moe_layer_freq": 1, "rope_interleave": True}).items():
-        allowed = (only, "kimi_k2") if name == "model_type" else (only,)
-        rules[name] = config.extra.get(name, only) in allowed, f"{only!r}, as in this whole family"
+    others = {"moe_layer_freq": 1, "rope_interleave": True, "partial_rotary_factor": 1.0}
+    for name, only in (FIXED_KEYS | others).items():
+        rules[name] = config.extra.get(name, only) == only, f"{only!r}, as in this whole family"
     values = vars(config) | config.extra
     for name, (holds, right) in rules.items():
         require(holds, f"{name}={values.get(name)!r}: must be {right}")
@@ -1669,11 +1824,20 @@ def check_yarn(scaling):
         left_open = key not in needed and value in (None, 0)
         require(number or left_open, f"rope_scaling[{key!r}]={value!r}: must be a number in 1e-6..1e9")
 
+HUB_ID = r"[\w.-]+/[\w.-]+"
+
 def as_path(directory):
     """A Path; ValueError for what names no folder."""
     names = isinstance(directory, str | os.PathLike) and str(directory) != ""
     require(names, f"directory={directory!r}: must be the path of a folder")
     return Path(directory)
+
+def existing(path):
+    """The Path of what is to be read; FileNotFoundError says how a hub id becomes a folder."""
+    if not os.path.exists(as_path(path)):
+        hub = f"; of the hub, download it first: hf download {path} --local-dir FOLDER"
+        raise FileNotFoundError(f"{path}: no such folder{hub if re.fullmatch(HUB_ID, str(path)) else ''}")
+    return as_path(path)
 
 def read_json(path):
     """The object in a file; FileNotFoundError or ValueError names the file."""
@@ -1722,13 +1886,16 @@ def released_in_fp8(name, tensor):
 def holds_fp8(model):
     return any(parameter.dtype == FP8 for parameter in model.parameters())
 
+GENERATION = "generation_config.json"
+TOKENIZER_FILES = ("tokenizer*", "tokenization_*.py", "*.model", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES += ("vocab.json", "merges.txt", "chat_template*")
 INDEX, SINGLE, SHARD = "model.safetensors.index.json", "model.safetensors", r"[^/\\]+\.safetensors"
 
 class Checkpoint:
     """The tensors of a folder by name; a file is opened when something in it is asked for."""
 
     def __init__(self, directory):
-        self.directory, self.found, self.newest = as_path(directory), {}, (None, None)
+        self.directory, self.found, self.newest = existing(directory), {}, (None, None)
         if os.path.isfile(self.directory / SINGLE):  # it goes before an index, as in transformers
             whole = self.open(SINGLE)
             self.files, metadata = dict.fromkeys(whole.keys(), SINGLE), whole.metadata()
@@ -1740,6 +1907,9 @@ class Checkpoint:
                 require(re.fullmatch(SHARD, str(file)), f"{what}: must be a .safetensors file beside it")
         else:
             raise FileNotFoundError(f"{directory}: no {SINGLE}, no {INDEX} (pickles are not read)")
+        # transformers saves a model without a head under names that begin inside of `model.`
+        self.within = "model." if "embed_tokens.weight" in self.files else ""
+        self.files = {self.within + name: file for name, file in self.files.items()}
         # A save killed just before its last renaming leaves its config under this hidden name.
         pending = metadata.get("config") if isinstance(metadata, dict) else None
         self.config_file = self.directory / Path(str(pending)).name
@@ -1763,25 +1933,26 @@ class Checkpoint:
         if name not in self.found:
             file, place = self.open(self.files[name]), self.files[name]
             listed = {each for each, where in self.files.items() if where == place}
-            for odd in sorted(listed ^ set(file.keys())):
+            inside = {self.within + each for each in file.keys()}  # noqa: SIM118 (no dict)
+            for odd in sorted(listed ^ inside):
                 raise ValueError(f"{self.directory / place}: {INDEX} disagrees with it about {odd}")
             for each in listed:
-                kind, shape = file.get_slice(each).get_dtype(), file.get_slice(each).get_shape()
-                self.found[each] = KINDS.get(kind, kind), tuple(shape)
+                there = file.get_slice(each.removeprefix(self.within))
+                self.found[each] = KINDS.get(there.get_dtype(), there.get_dtype()), tuple(there.get_shape())
         return self.found[name]
 
     def read(self, name):
         """A tensor, its numbers still in the file that it is of."""
-        return self.open(self.files[name]).get_tensor(name)
+        return self.open(self.files[name]).get_tensor(name.removeprefix(self.within))
 
     def copy_to(self, name, weight, scale):
         """Fill `weight` with a tensor, and `scale` with its scales; without `scale`, FP8 is dequantised."""
         given = self.read(name)
         if given.dtype == FP8:
-            scales = self.read(name + SCALE).to(weight.device).float()
+            scales = self.read(name + SCALE).float()
             require(scales.isfinite().all(), f"{name + SCALE}: holds a NaN or an infinity")
             if scale is None:
-                given = dequantise(given.to(weight.device), scales, weight.dtype)
+                given = dequantise(given.to(weight.device), scales.to(weight.device), weight.dtype)
             else:
                 scale.copy_(scales)
         weight.copy_(given)
@@ -1795,6 +1966,8 @@ def find_tensor(model, name):
     """The parameter or buffer of that dotted name."""
     return getattr(*owner(model, name))
 
+WRAPPERS = r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."  # of torch, around a part
+
 def released_names(model, depth=None):
     """{parameter name: {name of a tensor in a checkpoint: the part of the parameter that it is}}.
 
@@ -1805,7 +1978,7 @@ def released_names(model, depth=None):
     prefix = "model." if isinstance(model, DeepseekV3Model) else ""
     biases = [item for item in model.named_buffers() if item[0].endswith("e_score_correction_bias")]
     for name, tensor in (*model.named_parameters(), *biases):
-        *path, leaf = (prefix + name).split(".")
+        *path, leaf = re.sub(WRAPPERS, "", prefix + name).split(".")
         if path[1:2] == ["layers"] and int(path[2]) >= kept:  # an MTP module: it stands behind all layers
             path[2] = str(int(path[2]) + (depth or kept) - kept)
         if not name.endswith(SCALE):
@@ -1814,9 +1987,14 @@ def released_names(model, depth=None):
     return names
 
 def mtp_copies(model, depth=None):
-    """{name: name} of the embedding and head that a checkpoint repeats in each MTP module."""
-    copies, first = {}, depth or model.config.num_hidden_layers
-    head = "model.embed_tokens.weight" if model.config.tie_word_embeddings else "lm_head.weight"
+    """{name: name} of the embedding and head that a checkpoint repeats in each MTP module.
+
+    One that is read, of `depth` layers, may also hold the head that is tied to the embedding.
+    """
+    copies, first, head = {}, depth or model.config.num_hidden_layers, "lm_head.weight"
+    if model.config.tie_word_embeddings:
+        head = "model.embed_tokens.weight"
+        copies |= {"lm_head.weight": head} if depth and hasattr(model, "lm_head") else {}
     for layer in range(first, first + len(getattr(model, "mtp_blocks", ()))):
         copies[f"model.layers.{layer}.embed_tokens.weight"] = "model.embed_tokens.weight"
         copies[f"model.layers.{layer}.shared_head.head.weight"] = head
@@ -1824,8 +2002,9 @@ def mtp_copies(model, depth=None):
 
 def load_pretrained(cls, directory, device_map, dtype, num_hidden_layers, max_memory, overrides):
     """PreTrainedModel.from_pretrained: names and shapes are checked before anything is loaded."""
-    kinds = (None, torch.bfloat16, torch.float32, torch.float64)
-    require(dtype in kinds, f"{dtype=}: must be None, torch.bfloat16, float32 or float64")
+    known = {str(kind).removeprefix("torch."): kind for kind in (torch.bfloat16, torch.float32, torch.float64)}
+    require(dtype in (None, "auto", *known, *known.values()), f"{dtype=}: must be None, 'auto' or {', '.join(known)}")
+    dtype = known.get(str(dtype).removeprefix("torch."))
     stored = Checkpoint(directory)
     whole = DeepseekV3Config.from_pretrained(stored.config_file)
     with torch.device("meta"):
@@ -1847,6 +2026,10 @@ def load_pretrained(cls, directory, device_map, dtype, num_hidden_layers, max_me
     model.tie_weights()
     trunk = getattr(model, "model", model)  # makes positions, and so angles, where its embedding is
     trunk.rotary_emb.to(trunk.embed_tokens.weight.device)
+    if (stored.directory / GENERATION).is_file():
+        vars(model.generation_config).update(read_json(stored.directory / GENERATION))
+    files = (path for pattern in TOKENIZER_FILES for path in stored.directory.glob(pattern) if path.is_file())
+    model.tokenizer_files = {path.name: path.read_bytes() for path in files}
     return model.eval()
 
 def config_to_load(cls, stored, whole, dtype, kept, overrides):
@@ -1861,11 +2044,11 @@ def config_to_load(cls, stored, whole, dtype, kept, overrides):
     config.num_hidden_layers = kept or depth
     if config.first_k_dense_replace <= depth:  # MTP modules keep experts
         config.first_k_dense_replace = min(config.first_k_dense_replace, config.num_hidden_layers)
-    mtp_layers = tuple(f"model.layers.{depth + k}." for k in range(mtp))
-    causal = issubclass(cls, DeepseekV3ForCausalLM)
-    if mtp and causal and not any(name.startswith(mtp_layers) for name in stored.files):
-        warnings.warn(f"{stored.directory}: announces MTP modules, but holds none", stacklevel=4)
-        config.num_nextn_predict_layers = 0
+    layers = {int(found[1]) for name in stored.files if (found := re.match(r"model\.layers\.(\d+)\.", name))}
+    held = next(k for k in itertools.count() if k == mtp or depth + k not in layers)
+    if held < mtp and issubclass(cls, DeepseekV3ForCausalLM):
+        warnings.warn(f"{stored.directory}: announces {mtp} MTP modules, but holds {held}", stacklevel=4)
+        config.num_nextn_predict_layers = held
     if dtype is not None:
         config.extra.pop("quantization_config", None)
     return config
@@ -1873,6 +2056,9 @@ def config_to_load(cls, stored, whole, dtype, kept, overrides):
 def check_coverage(model, stored, sources, whole):
     """ValueError unless every tensor of the model is stored, in its shape, and nothing else is."""
     wanted, wrong, depth = {}, [], whole.num_hidden_layers
+    stacks = sorted({found[0] for name in stored.files if (found := re.search(r"experts\.[a-z_]+$", name))})
+    hint = "a state_dict; save its model by save_pretrained, in transformers or here"
+    require(not stacks, f"{stored.directory}: experts are stacked, as {', '.join(stacks)}: {hint}")
     for name, pieces in sources.items():
         if name.startswith("score.") and not pieces.keys() & stored.files.keys():
             warnings.warn(f"{name}: not in the checkpoint, newly initialised", stacklevel=4)
@@ -2049,13 +2235,31 @@ def in_shards(tensors, limit):
         size += tensor.nbytes
     yield held
 
+def check_savable(model):
+    """ValueError for a model that its config does not describe, or that has no numbers to write."""
+    ours = next(kind for kind in type(model).__mro__ if kind.__module__ == __name__)
+    with torch.device("meta"):
+        plain = ours(model.config)
+    wanted, held = (
+        {piece: find_tensor(each, name).shape[-2:] for name, pieces in released_names(each).items() for piece in pieces}
+        for each in (plain, model)
+    )
+    odd = sorted(name for name in wanted.keys() | held.keys() if wanted.get(name) != held.get(name))
+    undo = "take out what was put into the model (of peft: merge_and_unload()), or change its config"
+    require(not odd, f"{', '.join(odd[:5])}: not as the config says; {undo}")
+    for name, parameter in model.named_parameters():
+        require(not parameter.is_meta, f"{name}: on the meta device, without numbers")
+        right = "float16 overflows in this family; cast to bfloat16 or float32"
+        require(parameter.dtype in KINDS.values(), f"{name}: {parameter.dtype} cannot be saved: {right}")
+
 def save_pretrained(model, directory, max_shard_size, quantize):
     """PreTrainedModel.save_pretrained: new files get names of their own, and count from one renaming on."""
     limit, directory = parse_size("max_shard_size", max_shard_size), as_path(directory)
     require(quantize in (None, "fp8"), f"{quantize=}: must be None or 'fp8'")
-    on_meta = any(parameter.is_meta for parameter in model.parameters())
-    require(not on_meta, "a model on the meta device has no numbers to save")
-    config = model.config.to_dict() | {"architectures": [type(model).__name__]}
+    check_savable(model)
+    kind = model.config.extra.get("model_type", "deepseek_v3")
+    architecture = type(model).__name__.replace("DeepseekV3", TWINS[kind][0])
+    config = model.config.to_dict() | {"architectures": [architecture]}
     dtype = "dtype" if "dtype" in config else "torch_dtype"  # transformers has used both names
     config[dtype] = str(model.dtype).removeprefix("torch.")
     given = config.pop("quantization_config", None)
@@ -2064,6 +2268,9 @@ def save_pretrained(model, directory, max_shard_size, quantize):
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
     metadata, parts = {"format": "pt", "config": f".config.{digest[:16]}.json"}, []
     directory.mkdir(parents=True, exist_ok=True)
+    for name, content in model.tokenizer_files.items():
+        if not (directory / name).exists():  # another's, or changed since
+            (directory / name).write_bytes(content)
     try:
         for tensors in in_shards(stored_tensors(model, quantize), limit):
             part = directory / f".part-{len(parts)}.tmp"
@@ -2073,6 +2280,9 @@ def save_pretrained(model, directory, max_shard_size, quantize):
             part.chmod(mode)
             parts.append({name: tensor.nbytes for name, tensor in tensors.items()})
         write_json(directory / metadata["config"], config)
+        given = {name: value for name, value in vars(model.generation_config).items() if value is not None}
+        if given:
+            write_json(directory / GENERATION, given)
         put_in_place(directory, parts, metadata)
     except SafetensorError as error:
         raise OSError(f"{directory}: {error}") from None

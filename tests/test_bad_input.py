@@ -144,7 +144,7 @@ def folder(tmp_path_factory):
 
 
 LOAD = [("num_hidden_layers", value) for value in ("2", 2.0, True, 0, -1, 4, HUGE)]
-LOAD += [("dtype", value) for value in ("auto", "bfloat16", 16, torch.float16, torch.int8, deepseek_v3.FP8)]
+LOAD += [("dtype", value) for value in ("float16", "int8", 16, torch.float16, torch.int8, deepseek_v3.FP8)]
 LOAD += [("device_map", value) for value in ("nowhere", 99, -1, 1.5, [], "cuda:99", {"": "nowhere"}, {}, {5: "cpu"})]
 LOAD += [("device_map", {"model.layers.9": "cpu"}), ("device_map", "mps"), ("device_map", "disk")]
 LOAD += [("max_memory", value) for value in ({0: "many"}, {"cpu": None}, {"cpu": HUGE}, {"cpu": -1}, "8GB")]

@@ -192,7 +192,7 @@ REFUSED = [
     ("attention_dropout", "0.0", 0.1),
     ("moe_layer_freq", "1", 2),
     ("rope_interleave", "True", False),
-    ("model_type", "'deepseek_v3'", "llama"),
+    ("model_type", "one of deepseek_v3, kimi_k2, glm4_moe_lite, youtu", "llama"),
     ("eos_token_id", "a token id or None", [1, "2"], [[1]], 2**63),
     ("eos_token_id", "int | list | None", "</s>"),
     ("pad_token_id", "a token id or None", -2),

@@ -317,8 +317,8 @@ MUTATIONS = {
         "return torch.cat(drafts, 1), torch.cat(q, 1).add(1 / 11).div(2)",
     ),
     "p is not filtered": (
-        "        p = sampling.distribution(model.lm_head(hidden))\n",
-        "        p = model.lm_head(hidden).softmax(-1)\n",
+        "        p = sampling.distribution(sampling.process(logits, drafts, gained))\n",
+        "        p = logits.softmax(-1)\n",
     ),
 }
 
