@@ -99,6 +99,7 @@ class DeepseekV3Config:
     what would.
     """
 
+    model_type: str = "deepseek_v3"
     vocab_size: int = 129280
     hidden_size: int = 7168  # D
     num_hidden_layers: int = 61  # L, MTP modules not counted
@@ -163,10 +164,14 @@ class DeepseekV3Config:
         # NOTE(checkpoint) mscale: squared, once for the query and once for the key.
         return (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5 * mscale**2
 
+    def get_text_config(self, **_: Any) -> Self:
+        """This one: other libraries ask for it, since models of pictures have two."""
+        return self
+
     def to_dict(self) -> dict:
         """Every field and every kept key, as config.json has them."""
         known = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {"model_type": "deepseek_v3"} | FIXED_KEYS | known | self.extra | layer_types(self)
+        return FIXED_KEYS | known | self.extra | layer_types(self)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike, **overrides: Any) -> Self:
@@ -929,12 +934,14 @@ class DeepseekV3Model(PreTrainedModel):
         self, input_ids: Maybe = None, attention_mask: Maybe = None, position_ids: Maybe = None,
         past_key_values: LatentCache | None = None, inputs_embeds: Maybe = None, use_cache: bool = False,
         output_attentions: bool = False, output_hidden_states: bool = False, output_routing: bool = False,
+        return_dict: bool | None = None,
     ) -> ModelOutput:  # fmt: skip
         """Give tokens (B, T) or embeddings; attention_mask (B, S) is 0 at padding, on either side.
 
         With a cache the inputs are the new tokens only, and the cache remembers the mask. Without a
         mask, a position that is not the one before plus one begins another packed document. A mask of
         shape (B or 1, 1, T, S), boolean or to be added to the scores, is used as it is, for this call.
+        `return_dict=False` asks for a plain tuple.
         """
         check_inputs(input_ids, inputs_embeds, self.config)  # section 10, as all checks
         x = embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, D)
@@ -947,7 +954,7 @@ class DeepseekV3Model(PreTrainedModel):
         last = self.norm(x.to(home(self.norm, x))).to(embeds.device)  # (B, T, D)
         if cache is not None:
             cache.advance(documents, x.shape[1])
-        return ModelOutput(
+        out = ModelOutput(
             last_hidden_state=last, past_key_values=cache, inputs_embeds=embeds,
             documents=None if documents is None else documents[:, -x.shape[1] :],
             hidden_states=(embeds, *states[:-1], last) if output_hidden_states else None,
@@ -955,6 +962,7 @@ class DeepseekV3Model(PreTrainedModel):
             routing=tuple(filter(None, routings)) if output_routing or self.training else None,
             balance_loss=balance(layers, routings, documents, last) if self.training else None,  # section 9
         )  # fmt: skip
+        return out[:] if return_dict is False else out
 
     def context(self, positions: Tensor, documents: Maybe, mask: Maybe, cache: LatentCache | None) -> Context:
         """What all layers share, from where the new tokens (B or 1, T) stand."""
@@ -999,7 +1007,7 @@ class DeepseekV3ForCausalLM(PreTrainedModel):
         past_key_values: LatentCache | None = None, inputs_embeds: Maybe = None, labels: Maybe = None,
         use_cache: bool = False, logits_to_keep: int = 0, num_items_in_batch: int | Maybe = None,
         output_attentions: bool = False, output_hidden_states: bool = False, output_routing: bool = False,
-        output_mtp: bool = False,
+        output_mtp: bool = False, return_dict: bool | None = None,
     ) -> ModelOutput:  # fmt: skip
         """As DeepseekV3Model; logits of all tokens, or of the last `logits_to_keep`.
 
@@ -1018,7 +1026,7 @@ class DeepseekV3ForCausalLM(PreTrainedModel):
             self.look_ahead(out, attention_mask, position_ids)
         if labels is not None:
             causal_losses(self, out, labels, num_items_in_batch)  # section 9
-        return out
+        return out[:] if return_dict is False else out
 
     @property
     def mtp_blocks(self) -> nn.ModuleList:
@@ -1092,6 +1100,7 @@ class DeepseekV3ForTokenClassification(PreTrainedModel):
         past_key_values: LatentCache | None = None, inputs_embeds: Maybe = None, labels: Maybe = None,
         use_cache: bool = False, num_items_in_batch: int | Maybe = None,
         output_attentions: bool = False, output_hidden_states: bool = False, output_routing: bool = False,
+        return_dict: bool | None = None,
     ) -> ModelOutput:  # fmt: skip
         """As DeepseekV3Model, with logits and, given labels, the loss."""
         out = self.model(
@@ -1101,7 +1110,7 @@ class DeepseekV3ForTokenClassification(PreTrainedModel):
         out.logits = self.score(self.pool(out.last_hidden_state, input_ids, attention_mask))
         if labels is not None:
             classification_loss(self, out, labels, num_items_in_batch)  # section 9
-        return out
+        return out[:] if return_dict is False else out
 
     def pool(self, hidden: Tensor, input_ids: Maybe, attention_mask: Maybe) -> Tensor:
         return hidden
@@ -1757,8 +1766,8 @@ def config_values(given):
 def layer_types(config):
     """How GLM's config.json tells dense layers, {} for other models."""
     dense, L = config.first_k_dense_replace, config.num_hidden_layers
-    glm = config.extra.get("model_type") == "glm4_moe_lite"
-    return {"mlp_layer_types": (["dense"] * dense + ["sparse"] * (L - dense))[:L]} if glm else {}
+    types = ["dense"] * min(dense, L) + ["sparse"] * (L - dense)
+    return {"mlp_layer_types": types} if config.model_type == "glm4_moe_lite" else {}
 
 def load_config(cls, path, overrides):
     """A config from a folder's config.json, or from that file."""
@@ -2257,8 +2266,7 @@ def save_pretrained(model, directory, max_shard_size, quantize):
     limit, directory = parse_size("max_shard_size", max_shard_size), as_path(directory)
     require(quantize in (None, "fp8"), f"{quantize=}: must be None or 'fp8'")
     check_savable(model)
-    kind = model.config.extra.get("model_type", "deepseek_v3")
-    architecture = type(model).__name__.replace("DeepseekV3", TWINS[kind][0])
+    architecture = type(model).__name__.replace("DeepseekV3", TWINS[model.config.model_type][0])
     config = model.config.to_dict() | {"architectures": [architecture]}
     dtype = "dtype" if "dtype" in config else "torch_dtype"  # transformers has used both names
     config[dtype] = str(model.dtype).removeprefix("torch.")
