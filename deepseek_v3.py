@@ -57,6 +57,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -67,6 +68,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from types import NoneType, SimpleNamespace
@@ -79,6 +81,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tokenizers.decoders import DecodeStream
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, library, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -1234,16 +1237,16 @@ def update_router_bias(model: PreTrainedModel, gamma: float, centred: bool) -> l
     routers = [module for module in model.modules() if isinstance(module, Router)]
     if not routers:
         return []
-    loads = torch.stack([router.load.to(model.device) for router in routers]).double()
+    loads = torch.stack([router.load.to(model.device) for router in routers])  # (routers, E)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(loads)  # of the global batch, on every rank
-    mean = loads.mean(-1, keepdim=True)
-    step = (mean - loads).sign()
+    total, E = loads.sum(-1, keepdim=True), loads.shape[-1]
+    step = (total - loads * E).sign().float()  # whole numbers compare exactly
     step = step - step.mean(-1, keepdim=True) if centred else step
     for router, move in zip(routers, step, strict=True):
         router.e_score_correction_bias += (gamma * move).to(router.e_score_correction_bias)
         router.load = torch.zeros_like(router.load)
-    return (loads.amax(-1) / mean.squeeze(-1).clamp(min=1e-9) - 1).clamp(min=0).tolist()
+    return (loads.amax(-1) * E / total.squeeze(-1).clamp(min=1) - 1).clamp(min=0).tolist()
 
 # ---- 10. Looking inside, checking input ---------------------------------------------------------
 
@@ -1403,26 +1406,27 @@ class Sampling:
         self.processors = list(given) if isinstance(given, list | tuple) else [given]
         called = all(callable(each) for each in self.processors)
         require(called, f"logits_processor={given!r}: must be a function of ids and scores, or a list of them")
-        if self.repetition_penalty != 1:
-            self.processors.insert(0, self.penalise)
 
-    def penalise(self, ids: Tensor, scores: Tensor) -> Tensor:
-        """Make tokens that are in ids (B, n) less likely; scores (B, vocab) -> the same."""
-        seen, penalty = scores.gather(-1, ids), self.repetition_penalty
-        return scores.scatter(-1, ids, torch.where(seen > 0, seen / penalty, seen * penalty))
+    def penalise(self, scores: Tensor, ids: Tensor, real: Tensor) -> Tensor:
+        """Make the `real` ones of ids (B, n) less likely; scores (B, vocab) -> the same."""
+        seen = torch.zeros_like(scores).scatter_add(-1, ids, real.to(scores.dtype)) > 0
+        lower = torch.where(scores > 0, scores / self.repetition_penalty, scores * self.repetition_penalty)
+        return torch.where(seen, lower, scores)
 
     def process(self, logits: Tensor, drafts: Tensor, gained: "Continuation") -> Tensor:
         """Logits (B, T, vocab) as the processors leave them; row t stands behind t of the drafts."""
-        if not self.processors:
+        if not self.processors and self.repetition_penalty == 1:
             return logits
-        logits = upcast(logits).clone()
+        (B, T, vocab), logits = logits.shape, upcast(logits).clone()
         for rows, ids in gained.histories():
-            for t in range(logits.shape[1]):
-                before, scores = torch.cat([ids, drafts[rows, :t]], 1), logits[rows, t]
-                for each in self.processors:
-                    scores = each(before, scores)
-                check_tensor("what logits_processor returns", scores, FLOATS, tuple(logits[rows, t].shape))
-                logits[rows, t] = scores
+            for t in range(T):
+                before = torch.cat([ids, drafts[rows, :t]], 1)  # (B or 1, n)
+                real = F.pad(gained.real[rows], (0, before.shape[1] - gained.real.shape[1]), value=True)
+                scores = self.penalise(logits[rows, t], before, real).expand(B, -1)
+                for each in self.processors:  # one row alone stands at its place among its like
+                    scores = each(before.expand(B, -1), scores)
+                    check_tensor("what logits_processor returns", scores, FLOATS, (B, vocab))
+                logits[rows, t] = scores[rows].to(logits)
         return logits
 
     def distribution(self, logits: Tensor) -> Tensor:
@@ -1488,11 +1492,11 @@ class Continuation:
     """The tokens that each row of ids (B, T) gains, up to `most`; a column is emitted once all reach it."""
 
     def __init__(
-        self, ids: Tensor, most: int, stops: list[int], pad: int | None,
+        self, ids: Tensor, real: Tensor, most: int, stops: list[int], pad: int | None,
         streamer: Callable | None, statistics: list | None,
     ) -> None:  # fmt: skip
         require(streamer is None or callable(streamer), f"{streamer=}: must be a function of token ids")
-        self.ids, self.most, self.stops, self.streamer = ids, most, stops, streamer
+        self.ids, self.real, self.most, self.stops, self.streamer = ids, real, most, stops, streamer
         self.statistics = [] if statistics is None else statistics
         self.pad = (stops or [0])[0] if pad is None else pad
         self.rows, self.columns, self.finished = [[] for _ in ids], [], [most == 0] * len(ids)
@@ -1700,8 +1704,11 @@ def generate(
     require(whole, f"{max_new_tokens=}: must be a whole number, 0 or more")
     stops, pad = stop_ids(model, eos_token_id), special_id(model, "pad_token_id")
     prompt.infer_mask(pad, stops)
-    ids = prompt.input_ids.repeat_interleave(sampling.num_return_sequences, 0)
-    gained, most_drafts = Continuation(ids, max_new_tokens, stops, pad, *sinks), drafts_per_step(model, *drafts)
+    ids, mask = prompt.input_ids, prompt.attention_mask
+    real = torch.ones_like(ids) if mask is None else mask[:, : ids.shape[1]]
+    ids, real = (x.repeat_interleave(sampling.num_return_sequences, 0) for x in (ids, real.bool()))
+    gained = Continuation(ids, real, max_new_tokens, stops, pad, *sinks)
+    most_drafts = drafts_per_step(model, *drafts)
     with evaluating(model):
         decode(model, prompt, sampling, most_drafts, gained)
     return torch.cat([ids, *(column.unsqueeze(1) for column in gained.columns)], 1)
@@ -2166,8 +2173,13 @@ def parse_device(device, asked_by="device_map"):
     return device
 
 def memory_size():
-    """Bytes of this machine's memory."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Bytes of memory that this process may use: the machine's, or its container's; inf if nobody says."""
+    limits, limit = [math.inf], Path("/sys/fs/cgroup/memory.max")  # "max": none
+    if hasattr(os, "sysconf"):  # not on Windows
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        limits.append(int(text))
+    return min(limits)
 
 def free_memory(max_memory):
     """{device: bytes to use}: as given, or what GPUs and memory have free."""
@@ -2176,7 +2188,7 @@ def free_memory(max_memory):
         require(isinstance(max_memory, dict), f"{max_memory=}: {right}")
         return {device: parse_size("max_memory", size) for device, size in max_memory.items()}
     gpus = range(torch.cuda.device_count())  # a tenth of each is for activations
-    return {i: torch.cuda.mem_get_info(i)[0] * 9 // 10 for i in gpus} | {"cpu": memory_size() * 8 // 10}
+    return {i: torch.cuda.mem_get_info(i)[0] * 9 // 10 for i in gpus} | {"cpu": memory_size() * 0.8}
 
 def unit_sizes(model, sizes):
     """Bytes of each unit, a layer's with a cache of full length, and what dequantising takes beside."""
@@ -2348,16 +2360,22 @@ def parse_size(name, size):
 BOS, EOS = "<|begin_of_sentence|>", "<|end_of_sentence|>"
 UNTYPICAL = {"__pycache__", "site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"}
 
-def corpus_files(data, seed):
-    """The text files of a file or folder, or of the Python standard library, in shuffled order."""
+def corpus_files(data):
+    """The files of a file or folder, or of the Python standard library, and how many are passed over."""
     root = Path(sysconfig.get_path("stdlib") if data is None else data)
-    found = [root] if root.is_file() else sorted(root.rglob("*.py" if data is None else "[!.]*"))
+    if root.is_file():
+        return [root], 0
+    every = [path for path in sorted(root.rglob("*.py" if data is None else "*")) if path.is_file()]
     skipped = UNTYPICAL if data is None else {"__pycache__"}
-    files = [file for file in found if file.is_file() and not skipped & set(file.parts)]
-    hint = "no file there" if data else "this Python came without its sources, give --data"
+
+    def wanted(path):
+        parts = path.relative_to(root).parts
+        return not skipped & {*parts} and not any(part.startswith(".") for part in parts) and is_text(path)
+
+    files = [path for path in every if wanted(path)]
+    hint = "no text file there" if data else "this Python came without its sources, give --data"
     require(files, f"{root}: {hint}")
-    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))
-    return [files[i] for i in order]
+    return files, len(every) - len(files) if data else 0
 
 def read_pieces(path, size=1 << 20):
     """The text of a file in pieces of whole lines, so that it need not fit in memory."""
@@ -2368,42 +2386,71 @@ def read_pieces(path, size=1 << 20):
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error})") from None
 
+def is_text(path):
+    try:
+        return all(True for _ in read_pieces(path))
+    except ValueError:
+        return False
+
 def train_tokenizer(files, vocab_size):
     """A byte-level BPE tokenizer of at most vocab_size tokens; ids 0 and 1 begin and end a text."""
     bpe, pieces = ByteLevelBPETokenizer(), (p for file in files for p in read_pieces(file))
     bpe.train_from_iterator(pieces, vocab_size, show_progress=False, special_tokens=[BOS, EOS])
-    return Tokenizer.from_str(bpe.to_str())
+    tokenizer = Tokenizer.from_str(bpe.to_str())
+    tokenizer.post_processor = TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
+    return tokenizer
 
 def read_tokenizer(directory):
     """The tokenizer.json of a folder; its own errors name neither the file nor their kind."""
     path = Path(directory) / "tokenizer.json"
+    if not path.is_file() and (path.parent / "tiktoken.model").is_file():
+        hint = "encode with its own tokenizer (transformers, trust_remote_code=True), and call model.generate"
+        raise ValueError(f"{directory}: has tiktoken.model and no tokenizer.json: {hint}")
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:
         raise ValueError(f"{path}: no tokenizer ({error})") from None
 
+def token_bytes(tokenizer):
+    """Bytes of text behind each id, (ids): byte-level tokens have a letter per byte, markers have none."""
+    require(type(tokenizer.decoder).__name__ == "ByteLevel", "the tokenizer is not byte-level: bytes are unknown")
+    sizes = torch.zeros(1 + max(tokenizer.get_vocab().values()), dtype=torch.int64)
+    for token, i in tokenizer.get_vocab().items():
+        sizes[i] = len(token)
+    for i, added in tokenizer.get_added_tokens_decoder().items():
+        sizes[i] = 0 if added.special else len(added.content.encode())
+    return sizes
+
+def document(tokenizer, path, begin, end):
+    """The ids of a file in lists, between those of the markers; a marker that is spelt in it stays text."""
+    tokenizer.encode_special_tokens = True
+    pieces = read_pieces(path)
+    yield begin
+    while some := list(itertools.islice(pieces, 16)):  # encoded side by side
+        yield from (encoding.ids for encoding in tokenizer.encode_batch_fast(some, add_special_tokens=False))
+    yield end
+
 def token_dtype(vocab_size):
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 class Corpus:
-    """Windows of T tokens of the array at `path`, which is mapped; the last twentieth is held out.
+    """Windows of T tokens of an array of documents, each begun by `bos`; the last `share` is held out.
 
     Every epoch visits the windows in another order, fixed by the seed, so that the number of windows
-    seen so far is all that a resumed run has to know.
+    seen so far is all that a resumed run has to know. `isolate`: documents do not see each other.
     """
 
-    def __init__(self, path, vocab_size, eos, T, seed):
-        self.tokens = np.memmap(path, token_dtype(vocab_size), "r")
-        self.eos, self.T, self.seed, self.epoch = eos, T, seed, None
-        cut = len(self.tokens) * 19 // 20
-        ends = np.flatnonzero(self.tokens[cut : cut + len(self.tokens) // 40] == eos)
-        self.cut = cut + int(ends[0]) + 1 if len(ends) else cut  # at the end of a document, if near
+    def __init__(self, tokens, bos, T, seed=0, isolate=False, share=1 / 20):
+        self.tokens, self.bos, self.T, self.seed, self.isolate = tokens, bos, T, seed, isolate
+        cut, self.epoch = len(tokens) - int(len(tokens) * share), None
+        starts = np.flatnonzero(tokens[cut : cut + len(tokens) // 40] == bos)
+        self.cut = cut + int(starts[0]) if len(starts) else cut  # where a document begins, if near
         self.windows = self.cut // T
-        enough = self.windows >= 1 and len(self.tokens) - self.cut >= T
-        require(enough, f"a corpus of {len(self.tokens)} tokens is too short: 20 x {T} needed")
+        enough = share == 1 or self.windows >= 1 and len(tokens) - self.cut >= T
+        require(enough, f"a corpus of {len(tokens)} tokens is too short: 20 x {T} needed")
 
     def batch(self, position, count):
-        """Windows position .. position + count of the run -> tokens and labels, (count, T) each."""
+        """Windows position .. position + count of the run, as `read` gives them."""
         starts = []
         for i in range(position, position + count):
             epoch, place = divmod(i, self.windows)
@@ -2413,18 +2460,57 @@ class Corpus:
             starts.append(int(self.order[place]) * self.T)
         return self.read(starts)
 
-    def held_out(self, count):
-        """`count` windows from all over the held-out part, or as many as it has."""
-        starts = range(self.cut, len(self.tokens) - self.T + 1, self.T)
-        return self.read(starts[:: max(1, len(starts) // count)][:count])
+    def held_out(self, tokens=math.inf):
+        """Starts of windows spread over the held-out part, of so many tokens, or all there are.
+
+        One begins with the last token of the one before, so that every token is scored once.
+        """
+        starts = range(self.cut, max(len(self.tokens) - 1, self.cut + 1), self.T - 1)
+        count = min(len(starts), max(1, tokens // self.T)) if tokens < math.inf else len(starts)
+        return [starts[int(i)] for i in np.linspace(0, len(starts) - 1, count)]
 
     def read(self, starts):
-        """The windows that begin there, and their labels: no document predicts the next one."""
-        windows = np.stack([self.tokens[start : start + self.T] for start in starts])
-        input_ids = torch.from_numpy(windows.astype(np.int64))
-        labels = input_ids.clone()
-        labels[:, 1:][input_ids[:, :-1] == self.eos] = -100
-        return input_ids, labels
+        """Inputs of the model, (windows, T) each; no document has to predict the next one's begin."""
+        rows, labels = np.zeros((2, len(starts), self.T), np.int64)
+        labels -= 100
+        for row, label, start in zip(rows, labels, starts, strict=True):
+            window = self.tokens[start : start + self.T]  # the text's last one may be shorter
+            row[: len(window)] = label[: len(window)] = window
+        labels[rows == self.bos] = -100
+        inputs, place = {"input_ids": rows, "labels": labels}, np.arange(self.T)
+        if self.isolate:  # positions count from where a document begins
+            inputs["position_ids"] = place - np.maximum.accumulate(np.where(rows == self.bos, place, 0), 1)
+        return {name: torch.from_numpy(array) for name, array in inputs.items()}
+
+@torch.no_grad()
+def evaluate(model, corpus, starts, sizes, rank=0, world=1):
+    """Loss on windows of text: nats per token with their standard error, and bits per byte of text.
+
+    sizes (ids): bytes behind each id. The processes share the windows, and all get the result.
+    """
+    sums = torch.zeros(len(starts), 3, dtype=torch.float32)  # of each window: nats, tokens, bytes
+    bar = partial(tqdm, desc="evaluating", leave=False, disable=rank > 0 or None)
+    with evaluating(model):
+        for first in bar(range(8 * rank, len(starts) + 8 * rank, 8 * world)):
+            some = starts[first : first + 8]  # with nothing left, it helps others: FSDP wants all of them
+            inputs = {name: x.to(model.device) for name, x in corpus.read(some or starts[:1]).items()}
+            targets = inputs.pop("labels")[:, 1:]
+            logits = upcast(model(**inputs).logits[:, :-1])
+            losses = F.cross_entropy(logits.mT, targets, ignore_index=-100, reduction="none")
+            real = (targets != -100).cpu()
+            weights = sizes[targets.cpu().clamp(min=0)] * real
+            found = torch.stack([losses.cpu().sum(1), real.sum(1), weights.sum(1)], 1)
+            sums[first : first + 8] = found[: len(some)]
+    sums = sums.to(model.device)
+    if world > 1:
+        torch.distributed.all_reduce(sums)
+    sums = sums.cpu().double()
+    (nats, count, size), n = sums.sum(0).tolist(), len(starts)
+    mean = nats / max(count, 1)
+    squares = float((sums[:, 0] - mean * sums[:, 1]).square().sum())  # windows are the independent part
+    error = math.sqrt(squares * n / max(n - 1, 1)) / max(count, 1)
+    found = {"val_loss": mean, "val_bits_per_byte": nats / math.log(2) / max(size, 1)}
+    return found | {"val_tokens": int(count), "val_standard_error": error}
 
 def learning_rate_factor(progress, warmup):
     """§4.2's schedule by progress 0..1: linear up, constant, cosine to a tenth, then two steps."""
@@ -2442,10 +2528,10 @@ def start_processes(device):
 
     device = parse_device(device, "--device")
     backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        torch.cuda.set_device(device)
     if "RANK" in os.environ:  # set by torchrun
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
         dist.init_process_group(backend)
     elif device.type == "cuda":
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -2456,49 +2542,13 @@ def shard(model, device):
     import torch.distributed as dist
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    model = model.to(device)
-    if dist.is_initialized():
-        mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-        kinds = (torch.bfloat16, torch.float32) if device.type == "cuda" else (None, None)
-        for part in (*model.model.layers, model):
-            fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(*kinds))
+    if not dist.is_initialized():
+        return model.to(device)
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    kinds = (torch.bfloat16, torch.float32) if device.type == "cuda" else (None, None)
+    for part in (*model.model.layers, model):  # each is split, and only its share moves to the device
+        fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(*kinds))
     return model
-
-def check_training(options, config, world):
-    """ValueError for options that cannot work together or on this machine, before anything is written."""
-    parts = world * options.accumulate
-    require(options.batch % parts == 0, f"--batch {options.batch}: must be a multiple of {parts}, its parts")
-    with torch.device("meta"):  # every process builds the whole model before it is split
-        size = sum(4 * parameter.numel() for parameter in DeepseekV3ForCausalLM(config).parameters())
-    have = f"{memory_size() / 2**30:.0f} GiB of memory"
-    require(size <= memory_size(), f"--config: {size / 2**30:.0f} GiB of weights, but {have}")
-
-def prepare_data(options):
-    """Make tokenizer.json and tokens.bin in options.out, once: a resumed run finds them there.
-
-    tokens.bin is all files as one array of tokens, each file ended by the end-of-sentence token.
-    """
-    out, tokens = Path(options.out), Path(options.out) / "tokens.bin"
-    if options.resume and tokens.exists() and (out / "tokenizer.json").exists():
-        return
-    files = corpus_files(options.data, options.seed)
-    tokenizer = train_tokenizer(files, options.vocab_size)
-    out.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(out / "states", ignore_errors=True)  # of an earlier run
-    tokens.unlink(missing_ok=True)
-    tokenizer.save(str(out / "tokenizer.json"))
-    # What transformers' AutoTokenizer wants beside it.
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS}
-    write_json(out / "tokenizer_config.json", settings | {"clean_up_tokenization_spaces": False})
-    dtype, beside = token_dtype(tokenizer.get_vocab_size()), tokens.with_suffix(".tmp")
-    with open(beside, "wb") as sink:
-        for file in tqdm(files, desc="tokenising", unit="file"):
-            pieces = read_pieces(file)
-            while some := list(itertools.islice(pieces, 16)):  # encoded side by side
-                ids = [encoding.ids for encoding in tokenizer.encode_batch_fast(some)]
-                np.concatenate(ids).astype(dtype).tofile(sink)
-            np.array([tokenizer.token_to_id(EOS)], dtype).tofile(sink)
-    beside.replace(tokens)
 
 def adamw(model, lr):
     """The optimizer of §4.2, which lets matrices decay, and vectors not."""
@@ -2506,6 +2556,68 @@ def adamw(model, lr):
     vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=True)
+
+SIZES = "hidden_size num_hidden_layers num_attention_heads kv_lora_rank qk_nope_head_dim qk_rope_head_dim"
+SIZES += " v_head_dim intermediate_size moe_intermediate_size n_routed_experts num_experts_per_tok"
+RUN_FILES = ("tokens.bin", "states", "metrics.jsonl", "config.json", SINGLE, INDEX)
+
+def training_config(options):
+    """The config to train, of --from, --config or the tiny one, and whether a file gives it."""
+    if options.source:
+        return DeepseekV3Config.from_pretrained(options.source), True
+    ids = dict(bos_token_id=0, eos_token_id=1)  # of the tokenizer that is trained
+    if not options.config:
+        return DeepseekV3Config.tiny(**ids, vocab_size=options.vocab_size or 2048), False
+    ids |= {"vocab_size": options.vocab_size} if options.vocab_size else {}
+    config, given = DeepseekV3Config.from_pretrained(options.config, **ids), read_json(Path(options.config))
+    sizes = SIZES.split() if config.model_type != "youtu" else SIZES.split()[:8]
+    missing = [name for name in sizes if name not in given]
+    require(not missing, f"--config {options.config}: does not say {', '.join(missing)}")
+    return config, True
+
+def check_training(options, config, world):
+    """ValueError for options that cannot work together or on this machine, before anything is written."""
+    require(not (options.source and (options.config or options.vocab_size)), "--from brings its config and tokenizer")
+    parts = world * options.accumulate
+    require(options.batch % parts == 0, f"--batch {options.batch}: must be a multiple of {parts}, its parts")
+    with torch.device("meta"):  # every process builds the whole model before it is split
+        size = sum(4 * parameter.numel() for parameter in DeepseekV3ForCausalLM(config).parameters())
+    size, have = size * int(os.environ.get("LOCAL_WORLD_SIZE", 1)), memory_size()
+    require(size <= have, f"--config: {size / 2**30:.0f} GiB of weights, but {have / 2**30:.0f} GiB of memory")
+
+def check_folder(options):
+    """ValueError rather than touch what is somebody's run or checkpoint."""
+    held = [name for name in RUN_FILES if os.path.exists(Path(options.out) / name)]
+    used = f"--out {options.out}: holds {', '.join(held)}"
+    if options.resume:
+        require("tokens.bin" in held or not held, f"{used}, and no run to resume")
+    else:
+        require(options.overwrite or not held, f"{used}: --resume goes on with a run, --overwrite replaces it")
+
+def prepare_data(options, config, files):
+    """Make tokenizer.json and tokens.bin: all files as one array of tokens, each between two markers."""
+    out, tokens = Path(options.out), Path(options.out) / "tokens.bin"
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out / "states", ignore_errors=True)  # of an earlier run
+    for name in (tokens, out / "run.json"):
+        name.unlink(missing_ok=True)
+    if options.source:
+        tokenizer = read_tokenizer(options.source)
+        for path in (path for pattern in TOKENIZER_FILES for path in Path(options.source).glob(pattern)):
+            shutil.copyfile(path, out / path.name)
+    else:
+        tokenizer = train_tokenizer(files, config.vocab_size)
+        tokenizer.save(str(out / "tokenizer.json"))
+        # What transformers' AutoTokenizer wants beside it.
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS}
+        write_json(out / "tokenizer_config.json", settings | {"clean_up_tokenization_spaces": False})
+    bos, eos = config.bos_token_id, config.eos_token_id
+    begins, ends = [] if bos is None else [bos], [eos[0] if isinstance(eos, list) else eos]
+    with open(out / "tokens.tmp", "wb") as sink:
+        for file in tqdm(files, desc="tokenising", unit="file"):
+            for ids in document(tokenizer, file, begins, ends):
+                np.array(ids, token_dtype(config.vocab_size)).tofile(sink)
+    (out / "tokens.tmp").replace(tokens)
 
 class Trainer:
     """One run: model, optimizer, data, and what it writes to options.out.
@@ -2516,35 +2628,60 @@ class Trainer:
 
     def __init__(self, options):
         self.options, self.out, self.step = options, Path(options.out), 0
+        self.seconds = dict.fromkeys(("data", "forward and backward", "optimizer", "evaluation", "saving"), 0.0)
+        self.config, self.given = training_config(options)
         self.rank, self.world, self.device = start_processes(options.device)
-        read = partial(DeepseekV3Config.from_pretrained, options.config)
-        ids = dict(bos_token_id=0, eos_token_id=1, vocab_size=options.vocab_size)
-        self.config = read(**ids) if options.config else DeepseekV3Config.tiny(**ids)
         check_training(options, self.config, self.world)
         if self.rank == 0:
-            prepare_data(options)
-        self.wait()
+            self.prepare()
+        self.wait(timedelta(days=7))  # a large corpus takes its time
         self.tokenizer = read_tokenizer(self.out)
-        self.config.vocab_size = self.tokenizer.get_vocab_size()  # a small text has fewer than asked for
-        self.corpus = Corpus(self.out / "tokens.bin", self.config.vocab_size, 1, options.length, options.seed)
-        windows = self.corpus.windows  # a batch holds none twice
+        if not self.given:  # a small text has fewer tokens than asked for
+            self.config.vocab_size = self.tokenizer.get_vocab_size()
+        tokens = np.memmap(self.out / "tokens.bin", token_dtype(self.config.vocab_size), "r")
+        self.corpus = Corpus(tokens, self.config.bos_token_id, options.length, options.seed, options.isolate)
+        windows, self.sizes = self.corpus.windows, token_bytes(self.tokenizer)  # a batch holds none twice
         require(options.batch <= windows, f"--batch {options.batch}: the text has {windows} windows")
         torch.manual_seed(options.seed)
-        self.model = shard(DeepseekV3ForCausalLM(self.config), self.device)
+        read = partial(DeepseekV3ForCausalLM.from_pretrained, options.source, dtype=torch.float32)
+        self.model = shard(read() if options.source else DeepseekV3ForCausalLM(self.config), self.device)
         self.model.gradient_checkpointing = options.recompute
         self.optimizer = adamw(self.model, options.lr)
         load_state(self)
+
+    def prepare(self):
+        """Make the data, or compare with the run that is resumed; run.json has what they must share."""
+        options, run = self.options, self.out / "run.json"
+        check_folder(options)
+        files, left_out = corpus_files(options.data)
+        if left_out:
+            print(f"{options.data}: {left_out} files left out: hidden, or not UTF-8 text", file=sys.stderr)
+        sizes = json.dumps([[path.name, path.stat().st_size] for path in files])
+        names = "batch length seed steps lr warmup gamma centred isolate vocab_size".split()
+        now = {name: getattr(options, name) for name in names} | self.config.to_dict()
+        now["data"] = hashlib.sha256(sizes.encode()).hexdigest()[:16]
+        if options.resume and (self.out / "tokens.bin").exists():
+            then = read_json(run)
+            for name in sorted((then.keys() | now.keys()) - {"steps"}):
+                same = then.get(name) == now.get(name)
+                require(same, f"--resume: {name} is {now.get(name)}, but was {then.get(name)}")
+            if then["steps"] != options.steps:
+                print(f"--resume: {then['steps']} steps become {options.steps}: the schedule follows", file=sys.stderr)
+        else:
+            order = torch.randperm(len(files), generator=torch.Generator().manual_seed(options.seed))
+            prepare_data(options, self.config, [files[i] for i in order])
+        write_json(run, now)
 
     def run(self, stop=()):
         """Train to options.steps, or until `stop` is true; log every step, evaluate, save states."""
         options = self.options
         bar = tqdm(total=options.steps, initial=self.step, unit="step", disable=self.rank > 0)
         with bar, open(self.out / "metrics.jsonl", "a", encoding="utf-8") as log:
-            while self.step < options.steps and not stop:
+            while self.step < options.steps and not self.any(stop):
                 line = self.train_step()
                 last = self.step == options.steps
                 if last or self.step % options.eval_every == 0:
-                    line |= self.evaluate()
+                    line |= self.evaluate(math.inf if last else options.eval_tokens)
                 if self.rank == 0:
                     print(json.dumps(line), file=log, flush=True)
                 bar.set_postfix(loss=line["loss"], violation=line["max_violation"])
@@ -2554,64 +2691,81 @@ class Trainer:
 
     def train_step(self):
         """One optimizer step over the global batch -> its line of metrics."""
-        options, began, progress = self.options, time.perf_counter(), self.step / self.options.steps
+        options, began, progress = self.options, time.perf_counter(), (self.step + 1) / self.options.steps
         self.model.train()
-        self.config.mtp_loss_weight = 0.3 if progress < 10 / 14.8 else 0.1  # λ, §4.2
+        if not self.given:
+            self.config.mtp_loss_weight = 0.3 if progress < 10 / 14.8 else 0.1  # λ, §4.2
         losses = self.backward()
-        if not math.isfinite(losses["loss"]):
-            found = f"step {self.step + 1}: the loss is {losses['loss']}"
-            raise FloatingPointError(f"{found}; the last good state is in {self.out / 'states'}")
-        lr = options.lr * learning_rate_factor(progress, options.warmup)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        gamma = options.gamma if progress < 14.3 / 14.8 else 0.0
-        violations = self.model.update_router_bias(gamma, centred=options.centred)
+        with self.timed("optimizer"):
+            lr = options.lr * learning_rate_factor(progress, options.warmup)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            norm = float(getattr(norm, "full_tensor", lambda: norm)())
+            self.check_finite(losses["loss"], norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            gamma = options.gamma if progress < 14.3 / 14.8 else 0.0
+            violations = self.model.update_router_bias(gamma, centred=options.centred)
         self.step += 1
         line = {"step": self.step, **losses, "max_violation": sum(violations) / max(len(violations), 1)}
-        line |= {"lr": lr, "grad_norm": float(getattr(norm, "full_tensor", lambda: norm)())}
         speed = options.batch * options.length / (time.perf_counter() - began)
-        return line | {"tokens_per_second": speed, "layer_violations": violations}
+        line |= {"lr": lr, "grad_norm": norm, "tokens_per_second": speed}
+        return line | {"layer_violations": violations}
 
     def backward(self):
-        """Gradients of the global batch, in options.accumulate parts -> the means of its losses."""
+        """Gradients of the global batch, in options.accumulate parts -> its losses, means over its labels."""
         options, names = self.options, ("loss", "main_loss", "mtp_loss", "balance_loss")
         share = options.batch // (self.world * options.accumulate)
-        means = torch.zeros(len(names), device=self.device)
+        with self.timed("data"):  # of the whole batch: a label weighs the same in whatever part it is
+            batch = self.corpus.batch(self.step * options.batch, options.batch)
+            count = int((batch["labels"][:, 1:] != -100).sum())
+        sums = torch.zeros(len(names), device=self.device)
         for part in range(options.accumulate):
-            place = (part * self.world + self.rank) * share  # in the batch
-            input_ids, labels = self.corpus.batch(self.step * options.batch + place, share)
-            out = self.model(input_ids.to(self.device), labels=labels.to(self.device))
-            (out.loss / options.accumulate).backward()
-            losses = [getattr(out, name) for name in names]  # None: no MTP modules
-            means += torch.stack([means.new_zeros(()) if x is None else x.detach() for x in losses])
+            place = (part * self.world + self.rank) * share
+            inputs = {name: x[place : place + share].to(self.device) for name, x in batch.items()}
+            with self.timed("forward and backward"):
+                out = self.model(**inputs, num_items_in_batch=max(count, 1))
+                (out.loss * self.world).backward()  # FSDP takes the mean over processes
+                losses = [getattr(out, name) for name in names]  # None: no MTP modules
+                sums += torch.stack([sums.new_zeros(()) if x is None else x.detach() for x in losses])
         if self.world > 1:
-            torch.distributed.all_reduce(means)
-        return dict(zip(names, (means / (options.accumulate * self.world)).tolist(), strict=True))
+            torch.distributed.all_reduce(sums)
+        return dict(zip(names, sums.tolist(), strict=True))
 
-    @torch.no_grad()
-    def evaluate(self, windows=32):
-        """Loss on held-out text, per token and in bits per byte."""
-        self.model.eval()
-        input_ids, labels = self.corpus.held_out(windows)
-        parts = zip(input_ids.to(self.device).split(8), labels.to(self.device).split(8), strict=True)
-        loss = float(torch.stack([self.model(x, labels=y).main_loss for x, y in parts]).mean())
-        text = self.tokenizer.decode_batch(input_ids.tolist(), skip_special_tokens=False)
-        bytes_per_token = sum(len(window.encode()) for window in text) / input_ids.numel()
-        return {"val_loss": loss, "val_bits_per_byte": loss / math.log(2) / bytes_per_token}
+    def check_finite(self, loss, norm):
+        """FloatingPointError, before the optimizer step, that says where the last good state is."""
+        if not math.isfinite(loss + norm):
+            what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient's norm is {norm}"
+            states = sorted((self.out / "states").glob("step-????????"))
+            where = f"the last good state is {states[-1]}" if states else "no state was saved yet"
+            raise FloatingPointError(f"step {self.step + 1}: the {what}; {where}")
 
-    def wait(self):
+    def evaluate(self, tokens):
+        """Losses on the held-out text, or on so many tokens of it."""
+        with self.timed("evaluation"):
+            starts = self.corpus.held_out(tokens)
+            return evaluate(self.model, self.corpus, starts, self.sizes, self.rank, self.world)
+
+    @contextmanager
+    def timed(self, what):
+        """Add the time that the block takes to self.seconds."""
+        began = time.perf_counter()
+        yield
+        self.seconds[what] += time.perf_counter() - began
+
+    def wait(self, timeout=None):
         """Until every process is here."""
         if self.world > 1:
-            torch.distributed.barrier()
+            group = torch.distributed.new_group(backend="gloo", timeout=timeout) if timeout else None
+            torch.distributed.barrier(group)
 
-def run_settings(trainer):
-    """What a resumed run must have in common with the run that it continues."""
-    options = {name: getattr(trainer.options, name) for name in ("batch", "length", "seed")}
-    config = trainer.config.to_dict() | {"mtp_loss_weight": None}  # a schedule moves it
-    return options | {"tokens": len(trainer.corpus.tokens)} | config
+    def any(self, stop):
+        """Whether some process was asked to stop; so that all of them stop behind the same step."""
+        asked = torch.tensor(float(bool(stop)), device=self.device)
+        if self.world > 1:
+            torch.distributed.all_reduce(asked)
+        return bool(asked)
 
 def run_state(trainer):
     """The numbers of model and optimizer, as torch.distributed.checkpoint takes them."""
@@ -2621,24 +2775,31 @@ def run_state(trainer):
     return {"model_state_dict": model, "optim_state_dict": optimizer}
 
 def save_state(trainer):
-    """A folder for this step, which appears whole or not at all; the last options.keep stay."""
+    """A folder for this step, which appears whole or not at all, and the model in the released layout."""
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     folder = trainer.out / "states" / f"step-{trainer.step:08d}"
     beside = folder.with_suffix(".tmp")
-    try:
-        dcp.save(run_state(trainer), checkpoint_id=beside, no_dist=trainer.world == 1)
-    except (RuntimeError, dcp.api.CheckpointException) as error:  # a full disk
-        shutil.rmtree(beside, ignore_errors=True)
-        why = str(error).strip().splitlines()[-1]
-        raise OSError(f"{beside}: cannot be written, older states are kept ({why})") from None
-    if trainer.rank == 0:
-        write_json(beside / "settings.json", run_settings(trainer))
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
-        for old in sorted(folder.parent.glob("step-????????"))[: -trainer.options.keep]:
-            shutil.rmtree(old)
-    trainer.wait()
+    with trainer.timed("saving"):
+        try:
+            dcp.save(run_state(trainer), checkpoint_id=beside, no_dist=trainer.world == 1)
+        except (RuntimeError, dcp.api.CheckpointException) as error:  # a full disk
+            shutil.rmtree(beside, ignore_errors=True)
+            why = str(error).strip().splitlines()[-1]
+            raise OSError(f"{beside}: cannot be written, older states are kept ({why})") from None
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        numbers = get_model_state_dict(trainer.model, options=whole)  # of all processes, on the first
+        if trainer.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            beside.rename(folder)
+            for old in sorted(folder.parent.glob("step-????????"))[: -trainer.options.keep]:
+                shutil.rmtree(old)
+            with torch.device("meta"):
+                model = DeepseekV3ForCausalLM(trainer.config)
+            model.load_state_dict(numbers, assign=True)
+            model.save_pretrained(trainer.out)
+        trainer.wait()
 
 def load_state(trainer):
     """With --resume, go on from the newest state, if there is one, and cut the log back to it."""
@@ -2647,14 +2808,12 @@ def load_state(trainer):
 
     states = sorted((trainer.out / "states").glob("step-????????"))
     if trainer.options.resume and states:
-        then, now = read_json(states[-1] / "settings.json"), run_settings(trainer)
-        for name in sorted(then.keys() | now.keys()):
-            same = then.get(name) == now.get(name)
-            require(same, f"--resume: {name} is {now.get(name)}, but was {then.get(name)}")
+        step, steps = int(states[-1].name.removeprefix("step-")), trainer.options.steps
+        require(step <= steps, f"--resume: --steps {steps}, but the run is at step {step}")
         state = run_state(trainer)
         dcp.load(state, checkpoint_id=states[-1], no_dist=trainer.world == 1)
         set_state_dict(trainer.model, trainer.optimizer, **state)
-        trainer.step = int(states[-1].name.removeprefix("step-"))
+        trainer.step = step
     if trainer.rank == 0:
         metrics = trainer.out / "metrics.jsonl"
         lines = metrics.read_text(encoding="utf-8").splitlines(True) if trainer.step else []
@@ -2663,9 +2822,7 @@ def load_state(trainer):
 # ---- 14. Commands -------------------------------------------------------------------------------
 
 def train_command(options):
-    """Train, write the whole model in the released layout, end with a sample and the next command."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
+    """Train, and end with a sample, the next command to type, and where the time went."""
     # A CPU compiles bfloat16 products for each number of rows, and experts have another one each time:
     # with room for so many (1,024 without), a training step takes three quarters of the time.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "4096")
@@ -2674,29 +2831,66 @@ def train_command(options):
     before = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
     try:
         trainer.run(stop)
+        if trainer.step < options.steps:
+            save_state(trainer)
     finally:
         signal.signal(signal.SIGINT, before)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    if trainer.rank > 0:
+        return
     if trainer.step < options.steps:
-        save_state(trainer)
         sys.exit(f"stopped at step {trainer.step}; the same command with --resume goes on")
-    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(trainer.model, options=whole)  # of all processes, on the first
-    if trainer.rank == 0:
-        model, prompt = DeepseekV3ForCausalLM(trainer.config), "def "
-        model.load_state_dict(state)
-        model.save_pretrained(trainer.out)
-        stream_text(model, trainer.tokenizer, prompt, 100, 0.7, options.seed)
-        print(f"\n\nNext: python deepseek_v3.py generate {options.out} {json.dumps(prompt)}")
+    print_end(trainer)
+
+def print_end(trainer):
+    """What the run came to."""
+    last = read_lines(trainer.out / "metrics.jsonl")[-1]
+    print("held out: {val_loss:.4f} ± {val_standard_error:.4f} nats per token, ".format(**last), end="")
+    print("{val_bits_per_byte:.4f} bits per byte, over {val_tokens:,} tokens".format(**last))
+    whole = sum(trainer.seconds.values())
+    parts = ", ".join(f"{what} {took / whole:.0%}" for what, took in trainer.seconds.items())
+    print(f"{whole:.0f} s: {parts}\n")
+    corpus, tokenizer = trainer.corpus, trainer.tokenizer
+    text = tokenizer.decode(corpus.tokens[corpus.cut : corpus.cut + 24].tolist())
+    prompt = next((line for line in text.splitlines() if line.strip()), "")[:40]  # how unseen text begins
+    model = DeepseekV3ForCausalLM.from_pretrained(trainer.out)
+    sampling = {"do_sample": True, "temperature": 0.7}
+    stream_text(model, tokenizer, text_ids(trainer.out, tokenizer, prompt), 100, trainer.options.seed, prompt, sampling)
+    print(f"\n\nNext: python deepseek_v3.py generate {trainer.options.out} {shlex.quote(prompt)}")
+
+def read_lines(path):
+    """The objects of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+def evaluate_command(options):
+    """Loss of a folder's model on text."""
+    folder, tokenizer = Path(options.directory), read_tokenizer(options.directory)
+    files, left_out = corpus_files(options.data)
+    model = DeepseekV3ForCausalLM.from_pretrained(folder, device_map=options.device)
+    sizes, begin, eos = token_bytes(tokenizer), text_ids(folder, tokenizer, ""), stop_ids(model, None)[:1]
+    parts = (ids for file in files for ids in document(tokenizer, file, begin, eos))
+    tokens = np.array(list(itertools.chain.from_iterable(parts)))
+    require(len(tokens) > 1, f"--data {options.data}: holds no text")
+    corpus = Corpus(tokens, (begin or [-1])[0], min(options.length, len(tokens)), isolate=options.isolate, share=1)
+    found = evaluate(model, corpus, corpus.held_out(), sizes)
+    print("loss        {val_loss:.4f} ± {val_standard_error:.4f} nats per token".format(**found))
+    print("compression {val_bits_per_byte:.4f} bits per byte".format(**found))
+    print(f"text        {found['val_tokens']:,} tokens of {len(files)} files, {left_out} left out")
 
 def generate_command(options):
     """Continue a prompt, or answer it, with the model of a folder; with drafts, say how they did."""
     folder, prompt, steps = Path(options.directory), options.prompt, []
-    prompt = chat_prompt(folder, prompt) if options.chat else prompt
     tokenizer = read_tokenizer(folder)
-    model = DeepseekV3ForCausalLM.from_pretrained(folder, device_map="auto")
-    draft = {"use_mtp": options.mtp, "num_draft_tokens": options.draft_tokens, "statistics": steps}
-    how = options.max_new_tokens, options.temperature, options.seed
-    stream_text(model, tokenizer, prompt, *how, echo=not options.chat, **draft)
+    if options.chat:  # the template has written all markers
+        ids = tokenizer.encode(chat_prompt(folder, prompt), add_special_tokens=False).ids
+    else:
+        ids = text_ids(folder, tokenizer, prompt)
+    model = DeepseekV3ForCausalLM.from_pretrained(folder, device_map=options.device)
+    settings = {name: getattr(options, name) for name in ("top_k", "top_p", "min_p")}
+    settings |= {"do_sample": options.temperature > 0, "temperature": options.temperature or 1.0}
+    settings |= {"use_mtp": options.mtp, "num_draft_tokens": options.draft_tokens, "statistics": steps}
+    stream_text(model, tokenizer, ids, options.max_new_tokens, options.seed, "" if options.chat else prompt, settings)
     print()
     if steps:  # (drafted, accepted) of each
         gain = 1 + sum(accepted for _, accepted in steps) / len(steps)
@@ -2705,9 +2899,32 @@ def generate_command(options):
         parts = ", ".join(f"{sum(those) / len(those):.0%}" for those in stood)
         print(f"{gain:.2f} tokens per step; drafts accepted by position: {parts}", file=sys.stderr)
 
+def text_ids(directory, tokenizer, text):
+    """Ids of a raw text, begun as tokenizer_config.json says, or else as the tokenizer does by itself."""
+    beside = Path(directory) / "tokenizer_config.json"
+    settings = read_json(beside) if beside.is_file() else {}
+    ids, begin = tokenizer.encode(text, add_special_tokens=False).ids, settings.get("add_bos_token")
+    if begin is None:
+        return tokenizer.encode(text).ids
+    bos = DeepseekV3Config.from_pretrained(directory).bos_token_id
+    return [bos, *ids] if begin and bos is not None else ids
+
 def chat_prompt(directory, text):
-    """The text of a user as the folder's own chat template puts it to the model."""
-    from jinja2.sandbox import ImmutableSandboxedEnvironment  # the template is a stranger's code
+    """The text of a user as the folder's own chat template puts it to the model, as transformers does."""
+    from jinja2 import ext, sandbox  # the template is a stranger's code
+
+    class Generation(ext.Extension):
+        tags = frozenset({"generation"})  # noqa: RUF012
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def tojson(value, ensure_ascii=False, **how):
+        return json.dumps(value, ensure_ascii=ensure_ascii, **how)
+
+    def raise_exception(message):
+        raise ValueError(message)
 
     file, beside = Path(directory) / "chat_template.jinja", Path(directory) / "tokenizer_config.json"
     settings = read_json(beside) if beside.is_file() else {}
@@ -2716,30 +2933,30 @@ def chat_prompt(directory, text):
         named = {str(each.get("name")): each.get("template") for each in template if isinstance(each, dict)}
         template = named.get("default")
     require(isinstance(template, str), f"{directory}: no chat template in its tokenizer_config.json")
-    tokens = {name: settings.get(name) or "" for name in ("bos_token", "eos_token")}
-    names = {n: t.get("content") if isinstance(t, dict) else t for n, t in tokens.items()}
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    markers = {name: value for name, value in settings.items() if name.endswith("_token")}
+    markers = {n: t.get("content") if isinstance(t, dict) else t for n, t in markers.items() if not isinstance(t, bool)}
+    environment = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": datetime.now().strftime}
     try:
         chat, messages = environment.from_string(template), [{"role": "user", "content": text}]
-        return chat.render(messages=messages, add_generation_prompt=True, **names)
+        return chat.render(messages=messages, tools=None, documents=None, add_generation_prompt=True, **markers)
     except Exception as error:  # a template can raise anything
         raise ValueError(f"{directory}: its chat template fails ({error})") from None
 
-def stream_text(model, tokenizer, prompt, max_new_tokens, temperature, seed, echo=True, **drafting):
-    """Print the prompt and, as it comes, its continuation; whole characters only."""
-    ids, bos = tokenizer.encode(prompt, add_special_tokens=False).ids, model.config.bos_token_id
-    if bos is not None and ids[:1] != [bos]:  # a chat template may have begun the sentence
-        ids = [bos, *ids]
+def stream_text(model, tokenizer, ids, max_new_tokens, seed, echo, settings):
+    """Print `echo` and, as it comes, what the model writes behind ids; whole characters only."""
     stream = DecodeStream(skip_special_tokens=True)
 
     def show(token):
         print(stream.step(tokenizer, int(token[0])) or "", end="", flush=True)
 
-    print(prompt * echo, end="", flush=True)
-    start = torch.tensor([ids], device=model.device)
-    sampling = {"do_sample": temperature > 0, "temperature": temperature or 1.0}
-    sampling |= {"generator": torch.Generator(model.device).manual_seed(seed)}
-    model.generate(start, max_new_tokens=max_new_tokens, streamer=show, **sampling, **drafting)
+    print(echo, end="", flush=True)
+    require(ids, "the prompt holds no token")
+    start, generator = torch.tensor([ids], device=model.device), torch.Generator(model.device).manual_seed(seed)
+    model.generate(start, max_new_tokens=max_new_tokens, streamer=show, generator=generator, **settings)
 
 def info_command(options):
     """Parameters, bytes and FLOPs of a config.json or a folder, and its split over GPUs."""
@@ -2830,36 +3047,54 @@ def within(least, most, kind=int):
     return number
 
 def parser():
-    """The command line, a sub-command for each of the three functions above."""
+    """The command line, a sub-command for each of the four functions above."""
     main, count, part = Parser(prog="deepseek_v3.py"), within(1, 1e9), within(0, 1, float)
     commands = main.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train a model from scratch, on text").add_argument
-    train("--data", help="text file or folder (default: Python's standard library)")
-    train("--config", help="config.json of the model (default: the tiny one)")
-    train("--out", default="out", help="folder for checkpoint, states, metrics.jsonl")
-    train("--steps", type=count, default=550)
-    train("--batch", type=count, default=16, help="sequences of all processes")
-    train("--length", type=within(4, 1e9), default=128, help="tokens per sequence")
-    train("--accumulate", type=count, default=1, help="parts a batch runs in")
-    train("--recompute", action="store_true", help="recompute layers to save memory")
-    train("--lr", type=within(1e-9, 100, float), default=4e-3, help="learning rate")
-    train("--warmup", type=part, default=0.1, help="part of the steps over which it rises")
-    train("--gamma", type=part, default=0.002, help="step of the router bias")
-    train("--centred", action="store_true", help="router bias steps of mean zero")
-    train("--vocab-size", type=within(258, LARGEST), default=2048, help="tokens to learn")
-    train("--eval-every", type=count, default=100, help="steps")
-    train("--save-every", type=count, default=250, help="steps between states")
-    train("--keep", type=count, default=2, help="states to keep")
-    train("--resume", action="store_true", help="go on from the newest state in --out")
-    train("--seed", type=within(0, 1e12), default=0)
-    train("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    train = commands.add_parser("train", help="train a model on text")
+    add = train.add_argument_group("what is trained").add_argument
+    add("--data", help="text file or folder (default: Python's standard library)")
+    add("--config", help="config.json of the model (default: the tiny one)")
+    add("--from", dest="source", metavar="DIR", help="go on from the weights and tokenizer of a checkpoint")
+    add("--vocab-size", type=within(258, LARGEST), help="tokens to learn (default: the config's, 2048)")
+    add("--isolate", action="store_true", help="documents in one window do not see each other")
+    add("--seed", type=within(0, 1e12), default=0)
+    add = train.add_argument_group("how").add_argument
+    add("--steps", type=count, default=550)
+    add("--batch", type=count, default=16, help="sequences of all processes")
+    add("--length", type=within(4, 1e9), default=128, help="tokens per sequence")
+    add("--lr", type=within(1e-9, 100, float), default=4e-3, help="highest learning rate")
+    add("--warmup", type=part, default=0.1, help="part of the steps over which it rises")
+    add("--gamma", type=part, default=0.002, help="step of the router bias")
+    add("--centred", action="store_true", help="router bias steps of mean zero")
+    add = train.add_argument_group("on which machine").add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--accumulate", type=count, default=1, help="parts a batch runs in")
+    add("--recompute", action="store_true", help="recompute layers to save memory")
+    add = train.add_argument_group("what is written").add_argument
+    add("--out", default="out", help="folder for checkpoint, tokenizer, states, metrics.jsonl")
+    add("--resume", action="store_true", help="go on from the newest state in --out")
+    add("--overwrite", action="store_true", help="replace the run that --out holds")
+    add("--save-every", type=count, default=250, help="steps between states")
+    add("--keep", type=count, default=2, help="states to keep")
+    add("--eval-every", type=count, default=100, help="steps")
+    add("--eval-tokens", type=count, default=4096, help="of held-out text; at the end, all of it")
+    score = commands.add_parser("evaluate", help="loss of a model on text").add_argument
+    score("directory", help="checkpoint folder")
+    score("--data", required=True, help="text file or folder")
+    score("--length", type=within(2, 1e9), default=1024, help="tokens that the model sees at once")
+    score("--isolate", action="store_true", help="documents in one window do not see each other")
+    score("--device", default="auto")
     run = commands.add_parser("generate", help="continue a prompt").add_argument
     run("directory", help="checkpoint folder")
     run("prompt")
     run("--chat", action="store_true", help="answer, by the model's chat template")
     run("--max-new-tokens", type=within(0, 1e12), default=200)
     run("--temperature", type=within(0, 1e6, float), default=0.7, help="0: greedy")
+    run("--top-k", type=within(0, 1e9), default=0, help="draw from so many likeliest tokens")
+    run("--top-p", type=within(1e-9, 1, float), default=1.0, help="from the likeliest of this probability")
+    run("--min-p", type=part, default=0.0, help="from those this likely, beside the likeliest")
     run("--seed", type=within(0, 1e12), default=0)
+    run("--device", default="auto")
     run("--mtp", action="store_true", help="draft with the MTP modules: fewer steps")
     run("--draft-tokens", type=within(1, 1000), help="per step; default: one per module")
     info = commands.add_parser("info", help="parameters, bytes and FLOPs of a model").add_argument
@@ -2870,9 +3105,13 @@ def parser():
 
 def main(arguments=None):
     """Run a command; a bad argument or file is one line on stderr and exit status 2."""
-    commands = {"train": train_command, "generate": generate_command, "info": info_command}
+    commands = {"train": train_command, "evaluate": evaluate_command}
+    commands |= {"generate": generate_command, "info": info_command}
     command_line = parser()
     options = command_line.parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a console of few characters shows ? for others
+            stream.reconfigure(errors="replace")
     try:
         commands[options.command](options)
     except KeyboardInterrupt:  # what was printed so far ends with its line

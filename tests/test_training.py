@@ -73,37 +73,36 @@ def test_the_tokenizer_writes_any_text_and_begins_with_the_two_special_tokens(te
     tokenizer = deepseek_v3.train_tokenizer(sorted(text.iterdir()), 300)
     strange = "def café():\n\treturn '\U0001f40d' \x00 \r\n"
     ids = tokenizer.encode(strange).ids
-    assert tokenizer.decode(ids) == strange and min(ids) > 1
+    assert tokenizer.decode(ids) == strange and ids[0] == 0 and min(ids[1:]) > 1
     assert (tokenizer.token_to_id(deepseek_v3.BOS), tokenizer.token_to_id(deepseek_v3.EOS)) == (0, 1)
 
 
-def corpus(tmp_path, tokens, T=4, seed=0):
-    np.array(tokens, np.uint16).tofile(tmp_path / "tokens.bin")
-    return deepseek_v3.Corpus(tmp_path / "tokens.bin", 300, 1, T, seed)
+def corpus(tokens, T=4, seed=0):
+    return deepseek_v3.Corpus(np.array(tokens, np.uint16), 0, T, seed)
 
 
-def test_a_step_has_windows_of_its_own_and_none_is_held_out(tmp_path):
+def test_a_step_has_windows_of_its_own_and_none_is_held_out():
     """They follow from seed and step alone, so that a resumed run goes on as it would have."""
-    data, other = corpus(tmp_path, range(2, 402)), corpus(tmp_path, range(2, 402), seed=1)
-    batches = [data.batch(step, 8)[0] for step in range(100)]
-    assert torch.equal(data.batch(3, 8)[0], batches[3])
-    assert not torch.equal(batches[3], batches[4]) and not torch.equal(batches[3], other.batch(3, 8)[0])
-    seen, held_out = torch.cat(batches), data.held_out(100)[0]
+    data, other = corpus(range(2, 402)), corpus(range(2, 402), seed=1)
+    batches = [data.batch(step, 8)["input_ids"] for step in range(100)]
+    assert torch.equal(data.batch(3, 8)["input_ids"], batches[3])
+    assert not torch.equal(batches[3], batches[4]) and not torch.equal(batches[3], other.batch(3, 8)["input_ids"])
+    seen, held_out = torch.cat(batches), data.read(data.held_out())["input_ids"]
     assert (seen.diff(dim=1) == 1).all()  # of text as it stands
-    assert seen.max() < held_out.min() and held_out.shape[0] >= 4
-    assert len(seen.unique()) > 0.95 * (held_out.min() - 2)
+    first, last = held_out[0, 0], held_out.max()
+    assert seen.max() < first and last == 401 and len(held_out) == 7  # each scores three more of 20 tokens
+    assert len(seen.unique()) > 0.95 * (first - 2)
 
 
-def test_no_document_is_asked_to_predict_the_next_one(tmp_path):
-    data = corpus(tmp_path, [5, 6, 1, 7] * 60)
-    for row, labels in zip(*data.batch(0, 8), strict=True):
-        behind = torch.tensor([False, *(row[:-1] == 1)])
-        assert torch.equal(labels, row.masked_fill(behind, -100))
+def test_no_document_is_asked_to_predict_the_next_one():
+    data = corpus([0, 5, 6, 1] * 60)
+    batch = data.batch(0, 8)
+    assert torch.equal(batch["labels"], batch["input_ids"].masked_fill(batch["input_ids"] == 0, -100))
 
 
-def test_too_short_a_corpus_is_refused(tmp_path):
+def test_too_short_a_corpus_is_refused():
     with pytest.raises(ValueError, match="corpus of 30 tokens is too short"):
-        corpus(tmp_path, range(30))
+        corpus(range(30))
 
 
 def test_tokens_are_two_bytes_until_the_vocabulary_needs_four():
@@ -134,7 +133,7 @@ def test_a_run_logs_what_the_contract_names_and_leaves_a_checkpoint(words, tmp_p
     ids = tokenizer("def f1(x):", return_tensors="pt").input_ids
     ours = DeepseekV3ForCausalLM.from_pretrained(out)
     torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, atol=1e-4, rtol=0)
-    assert tokenizer.decode(ids[0]) == "def f1(x):"
+    assert tokenizer.decode(ids[0], skip_special_tokens=True) == "def f1(x):" and ids[0, 0] == 0
     deepseek_v3.main(["generate", str(out), "def", "--max-new-tokens", "5"])
     assert capsys.readouterr().out.startswith("def")
 
@@ -185,7 +184,9 @@ def test_only_the_last_whole_states_are_kept_and_resumed_from(words, tmp_path):
     assert states == ["step-00000005", "step-00000006"]
     (tmp_path / "states/step-00000009.tmp").mkdir()  # a half-written one
     assert trainer(words, "--out", tmp_path, "--resume").step == 6
-    assert trainer(words, "--out", tmp_path).step == 0  # a new run starts over
+    with pytest.raises(ValueError, match="holds tokens.bin, states, .*: --resume goes on with a run, --overwrite"):
+        trainer(words, "--out", tmp_path)
+    assert trainer(words, "--out", tmp_path, "--overwrite").step == 0
     assert metrics(tmp_path) == [] and not (tmp_path / "states").exists()
 
 
@@ -213,7 +214,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(w
 def test_a_python_without_its_sources_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(deepseek_v3.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(ValueError, match="came without its sources, give --data"):
-        deepseek_v3.corpus_files(None, 0)
+        deepseek_v3.corpus_files(None)
 
 
 def test_ctrl_c_in_the_middle_of_a_step_saves_a_whole_one(words, whole, tmp_path, monkeypatch):
