@@ -102,7 +102,6 @@ class DeepseekV3Config:
     what would.
     """
 
-    model_type: str = "deepseek_v3"
     vocab_size: int = 129280
     hidden_size: int = 7168  # D
     num_hidden_layers: int = 61  # L, MTP modules not counted
@@ -146,6 +145,13 @@ class DeepseekV3Config:
             setattr(self, name, value)
         check_config(self)
 
+    def __getattr__(self, name: str) -> Any:
+        """A kept key reads like a field."""
+        try:
+            return vars(self)["extra"][name]
+        except KeyError:
+            raise AttributeError(f"{type(self).__name__} has no {name}") from None
+
     @classmethod
     def tiny(cls, **changes: Any) -> Self:
         """The small model that the demos train: every mechanism of the large one."""
@@ -167,6 +173,16 @@ class DeepseekV3Config:
         # NOTE(checkpoint) mscale: squared, once for the query and once for the key.
         return (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5 * mscale**2
 
+    @property
+    def kind(self) -> str:
+        """The model_type of config.json."""
+        return self.extra.get("model_type", "deepseek_v3")
+
+    @property
+    def model_type(self) -> str:
+        """What other libraries ask for. Of "deepseek_v3" peft expects the stacks of transformers' class."""
+        return "deepseek_v3_file"
+
     def get_text_config(self, **_: Any) -> Self:
         """This one: other libraries ask for it, since models of pictures have two."""
         return self
@@ -174,7 +190,7 @@ class DeepseekV3Config:
     def to_dict(self) -> dict:
         """Every field and every kept key, as config.json has them."""
         known = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return FIXED_KEYS | known | self.extra | layer_types(self)
+        return {"model_type": self.kind} | FIXED_KEYS | known | self.extra | layer_types(self)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike, **overrides: Any) -> Self:
@@ -825,6 +841,18 @@ class ModelOutput:
         values = (getattr(self, field.name) for field in dataclasses.fields(self))
         return tuple(value for value in values if value is not None)[key]
 
+    def keys(self) -> list[str]:
+        return [field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def to_tuple(self) -> tuple:
+        return self[:]
+
 # FSDP, DDP, torch.export and torch.func look for tensors in a model's output: they are in its fields.
 torch.export.register_dataclass(ModelOutput, serialized_type_name="deepseek_v3.ModelOutput")
 
@@ -841,7 +869,10 @@ class PreTrainedModel(nn.Module):
     @torch.no_grad()
     def init_weights(self, *modules: nn.Module) -> None:
         """Of those modules, or all: matrices normal of std initializer_range, norms 1, biases 0 (§4.2)."""
-        named = (item for module in modules or [self] for item in module.named_parameters())
+        modules = modules or [self]
+        for router in (part for module in modules for part in module.modules() if isinstance(part, Router)):
+            router.e_score_correction_bias.zero_()
+        named = (item for module in modules for item in module.named_parameters())
         std = self.config.initializer_range
         embedding_std = self.config.extra.get("embedding_initializer_range", std)  # Youtu's
         for name, parameter in named:
@@ -852,20 +883,59 @@ class PreTrainedModel(nn.Module):
 
     def tie_weights(self, _loaded: Any = None) -> None:
         """Make the head the embedding, where the config says so; also after weights were exchanged."""
-        head, trunk = getattr(self, "lm_head", None), getattr(self, "model", self)
+        head = getattr(self, "lm_head", None)
         if self.config.tie_word_embeddings and type(head) is Linear:
-            both = head._parameters, trunk.embed_tokens._parameters
+            both = head._parameters, self.base_model.embed_tokens._parameters
             if all("weight" in parameters for parameters in both):  # else it is pruned or parametrized
                 both[0]["weight"] = both[1]["weight"]
 
     @property
+    def base_model(self) -> "DeepseekV3Model":
+        return getattr(self, "model", self)
+
+    @property
     def gradient_checkpointing(self) -> bool:
         """Set it to recompute layers in backward, which saves memory."""
-        return getattr(self, "model", self).recompute
+        return self.base_model.recompute
 
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, value: bool) -> None:
-        getattr(self, "model", self).recompute = value
+        self.base_model.recompute = value
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+        """transformers' way to set it; its keyword arguments change nothing here."""
+        self.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.gradient_checkpointing = False
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base_model.embed_tokens
+
+    def set_input_embeddings(self, embeddings: nn.Module) -> None:
+        self.base_model.embed_tokens = embeddings
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return getattr(self, "lm_head", None)
+
+    def enable_input_require_grads(self) -> None:
+        """Let gradients reach what adapters add inside of frozen layers that are recomputed."""
+        self.get_input_embeddings().register_forward_hook(lambda *call: call[-1].requires_grad_())
+
+    @torch.no_grad()
+    def resize_token_embeddings(self, size: int) -> nn.Module:
+        """Make room for `size` tokens; rows of new ones are the mean of the old."""
+        for module in filter(None, (self.get_input_embeddings(), self.get_output_embeddings())):
+            old = module.weight  # (vocab, D)
+            rows = torch.cat([old, old.mean(0, keepdim=True).expand(max(0, size - len(old)), -1)])[:size]
+            module.weight = nn.Parameter(rows.contiguous(), old.requires_grad)
+            module.num_embeddings = module.out_features = size
+        self.config.vocab_size = size
+        self.tie_weights()
+        return self.get_input_embeddings()
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
 
     @property
     def device(self) -> torch.device:
@@ -947,6 +1017,8 @@ class DeepseekV3Model(PreTrainedModel):
         `return_dict=False` asks for a plain tuple.
         """
         check_inputs(input_ids, inputs_embeds, self.config)  # section 10, as all checks
+        output_attentions = output_attentions or getattr(self.config, "output_attentions", False)
+        output_hidden_states = output_hidden_states or getattr(self.config, "output_hidden_states", False)
         x = embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, D)
         cache = LatentCache() if use_cache and past_key_values is None else past_key_values
         check_context(self, x, attention_mask, position_ids, cache)
@@ -1650,7 +1722,7 @@ def decode(
     drafter = Drafter(model, sampling, most_drafts, cache.capacity)
     documents = torch.ones(len(hidden), cache.length, dtype=torch.long, device=gained.ids.device)
     documents = documents if cache.documents is None else cache.documents  # (B, S)
-    known, window = documents > 0, gained.ids  # (B, S), (B, T)
+    known, window, start = documents > 0, gained.ids, cache.length  # (B, S), (B, T)
     if most_drafts:  # MTP modules leave out slots whose token or state is not at hand
         unread = cache.length - min(hidden.shape[1], window.shape[1])
         hidden = F.pad(hidden, (0, 0, cache.length - hidden.shape[1], 0))  # (B, S, D)
@@ -1665,6 +1737,8 @@ def decode(
         accepted, token = sampling.accept(drafts, q, p)
         gained.add(drafts, accepted, token)
         if all(gained.finished):
+            if most_drafts:  # what fell is no part of the text: rows of their own lengths keep the prompt
+                cache.crop(start + (max(len(gained.rows[0]), 1) - 1 if len(known) == 1 else 0))
             return
         if drafts.shape[1]:
             # Rejected slots stay in the cache as masked holes. Each step takes as many slots as its
@@ -1764,6 +1838,11 @@ def config_values(given):
         require(ordered, f"mlp_layer_types={types!r}: must be 'dense' layers, then 'sparse' ones")
     if kind == "youtu":
         given["first_k_dense_replace"] = given.get("num_hidden_layers", values["num_hidden_layers"])
+        width = given.get("hidden_size", values["hidden_size"])
+        if given.get("initializer_range") is None and isinstance(width, int) and width > 0:
+            given["initializer_range"] = 2 / (5 * width) ** 0.5
+        if given.get("embedding_initializer_range") is None and "initializer_range" in given:
+            given["embedding_initializer_range"] = 2 * given["initializer_range"]
     values = {name: given.pop(name, default) for name, default in values.items()}
     scaling = values["rope_scaling"]
     if isinstance(scaling, dict) and scaling.get("rope_type", scaling.get("type")) == "default":
@@ -1774,11 +1853,19 @@ def layer_types(config):
     """How GLM's config.json tells dense layers, {} for other models."""
     dense, L = config.first_k_dense_replace, config.num_hidden_layers
     types = ["dense"] * min(dense, L) + ["sparse"] * (L - dense)
-    return {"mlp_layer_types": types} if config.model_type == "glm4_moe_lite" else {}
+    return {"mlp_layer_types": types} if config.kind == "glm4_moe_lite" else {}
+
+def check_overrides(overrides):
+    """ValueError for a keyword of from_pretrained that is no field of the config."""
+    hints = {"torch_dtype": "use dtype", "device": "use device_map", "token": "nothing is downloaded"}
+    hints |= {"attn_implementation": "attention chooses by itself", "trust_remote_code": "no code of the folder runs"}
+    for name in overrides.keys() - DeepseekV3Config.__dataclass_fields__.keys():
+        raise ValueError(f"from_pretrained({name}=…): {hints.get(name, 'no argument, and no field of the config')}")
 
 def load_config(cls, path, overrides):
     """A config from a folder's config.json, or from that file."""
     path = existing(path)
+    check_overrides(overrides)
     file = path / "config.json" if os.path.isdir(path) else path
     return cls(**({"model_type": "deepseek_v3"} | read_json(file) | overrides))
 
@@ -1876,7 +1963,7 @@ def write_json(path, content):
 SCALE = "_scale_inv"  # what the scales of a weight are called, behind its name
 QUANTIZATION = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}
 QUANTIZATION |= {"activation_scheme": "dynamic"}
-KINDS = {"F8_E4M3": FP8, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+KINDS = {"F8_E4M3": FP8, "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 def blocks_of(shape):
     """Shape of the scales of a weight; (576, 7168) -> (5, 56)."""
@@ -2018,9 +2105,12 @@ def mtp_copies(model, depth=None):
 
 def load_pretrained(cls, directory, device_map, dtype, num_hidden_layers, max_memory, overrides):
     """PreTrainedModel.from_pretrained: names and shapes are checked before anything is loaded."""
-    known = {str(kind).removeprefix("torch."): kind for kind in (torch.bfloat16, torch.float32, torch.float64)}
+    known = {str(kind).removeprefix("torch."): kind for kind in KINDS.values() if kind != FP8}
     require(dtype in (None, "auto", *known, *known.values()), f"{dtype=}: must be None, 'auto' or {', '.join(known)}")
     dtype = known.get(str(dtype).removeprefix("torch."))
+    check_overrides(overrides)
+    if (existing(directory) / "config.json").is_file():
+        DeepseekV3Config.from_pretrained(directory)  # another kind of model is said first
     stored = Checkpoint(directory)
     whole = DeepseekV3Config.from_pretrained(stored.config_file)
     with torch.device("meta"):
@@ -2050,9 +2140,6 @@ def load_pretrained(cls, directory, device_map, dtype, num_hidden_layers, max_me
 
 def config_to_load(cls, stored, whole, dtype, kept, overrides):
     """The stored config with `overrides`, cut to `kept` layers and to the MTP modules that are there."""
-    for name in overrides.keys() - DeepseekV3Config.__dataclass_fields__.keys():
-        hint = "use dtype" if name == "torch_dtype" else "no argument, and no field of the config"
-        raise ValueError(f"from_pretrained({name}=…): {hint}")
     config = DeepseekV3Config(**(whole.to_dict() | overrides))
     depth, mtp = config.num_hidden_layers, config.num_nextn_predict_layers
     possible = kept is None or type(kept) is int and 1 <= kept <= depth
@@ -2088,7 +2175,7 @@ def check_coverage(model, stored, sources, whole):
         if kind is None:
             wrong.append(f"{name}: missing")
         elif kind not in KINDS.values() or kind == FP8 and name + SCALE not in scales:
-            wrong.append(f"{name}: {kind}, must be BF16, F32, F64 or, a matrix, F8_E4M3")
+            wrong.append(f"{name}: {kind}, must be BF16, F16, F32, F64 or, a matrix, F8_E4M3")
         elif found != shape:
             wrong.append(f"{name}: of shape {found}, must be {shape}")
     layers = [f"model.layers.{i}." for i in range(depth + max(whole.num_nextn_predict_layers, 1))]
@@ -2259,6 +2346,7 @@ def in_shards(tensors, limit):
 def check_savable(model):
     """ValueError for a model that its config does not describe, or that has no numbers to write."""
     ours = next(kind for kind in type(model).__mro__ if kind.__module__ == __name__)
+    L, mtp = model.config.num_hidden_layers, model.config.num_nextn_predict_layers
     with torch.device("meta"):
         plain = ours(model.config)
     wanted, held = (
@@ -2266,19 +2354,19 @@ def check_savable(model):
         for each in (plain, model)
     )
     odd = sorted(name for name in wanted.keys() | held.keys() if wanted.get(name) != held.get(name))
+    if ours is DeepseekV3Model:  # a causal model's own has MTP modules behind its layers
+        odd = [name for name in odd if not name.startswith(tuple(f"model.layers.{L + k}." for k in range(mtp)))]
     undo = "take out what was put into the model (of peft: merge_and_unload()), or change its config"
     require(not odd, f"{', '.join(odd[:5])}: not as the config says; {undo}")
     for name, parameter in model.named_parameters():
         require(not parameter.is_meta, f"{name}: on the meta device, without numbers")
-        right = "float16 overflows in this family; cast to bfloat16 or float32"
-        require(parameter.dtype in KINDS.values(), f"{name}: {parameter.dtype} cannot be saved: {right}")
 
 def save_pretrained(model, directory, max_shard_size, quantize):
     """PreTrainedModel.save_pretrained: new files get names of their own, and count from one renaming on."""
     limit, directory = parse_size("max_shard_size", max_shard_size), as_path(directory)
     require(quantize in (None, "fp8"), f"{quantize=}: must be None or 'fp8'")
     check_savable(model)
-    architecture = type(model).__name__.replace("DeepseekV3", TWINS[model.config.model_type][0])
+    architecture = type(model).__name__.replace("DeepseekV3", TWINS[model.config.kind][0])
     config = model.config.to_dict() | {"architectures": [architecture]}
     dtype = "dtype" if "dtype" in config else "torch_dtype"  # transformers has used both names
     config[dtype] = str(model.dtype).removeprefix("torch.")
@@ -2570,7 +2658,7 @@ def training_config(options):
         return DeepseekV3Config.tiny(**ids, vocab_size=options.vocab_size or 2048), False
     ids |= {"vocab_size": options.vocab_size} if options.vocab_size else {}
     config, given = DeepseekV3Config.from_pretrained(options.config, **ids), read_json(Path(options.config))
-    sizes = SIZES.split() if config.model_type != "youtu" else SIZES.split()[:8]
+    sizes = SIZES.split() if config.kind != "youtu" else SIZES.split()[:8]
     missing = [name for name in sizes if name not in given]
     require(not missing, f"--config {options.config}: does not say {', '.join(missing)}")
     return config, True
@@ -2995,7 +3083,7 @@ def print_sizes(model, kinds, sizes):
         plain = find_tensor(model, name).numel() * kind.itemsize
         by_kind[kind] += plain
         by_kind[torch.float32] += sizes[name] - plain  # scales
-    labels = zip(("FP8", "BF16", "F32", "F64"), by_kind.values(), strict=True)
+    labels = zip(("FP8", "BF16", "F16", "F32", "F64"), by_kind.values(), strict=True)
     split = ", ".join(f"{label} {size:,}" for label, size in labels if size)
     total, active = count_parameters(model, config)
     mtp_total, mtp_active = count_parameters(model.mtp_blocks, config)

@@ -12,26 +12,21 @@ from deepseek_v3 import DeepseekV3Model, LatentCache, Linear, apply_rope, trace,
 
 LAYERS, C, R, H, E, K = 3, 11, 8, 3, 12, 4  # of the small model
 
-
 @pytest.fixture(scope="module")
 def model():
     """In float64, so that only a mistake, and not rounding, can show."""
     return build(dtype=torch.float64)
-
 
 @pytest.fixture(params=FORMS)
 def form(request, monkeypatch):
     """Attention forced into one of its three forms."""
     force(monkeypatch, request.param)
 
-
 @torch.no_grad()
 def logits(model, ids, *more, **named):
     return model(ids, *more, **named).logits
 
-
 # ---- Rotary positions ----
-
 
 def test_rotary_pairs_are_neighbours_and_not_halves():
     """Channels (2i, 2i + 1) are one complex number, turned by position * theta^(-2i / R)."""
@@ -42,7 +37,6 @@ def test_rotary_pairs_are_neighbours_and_not_halves():
     found = apply_rope(x[None, :, None], cos, sin)[0, :, 0]
     close(found, torch.view_as_real(turned).flatten(1), 1e-5)
 
-
 def test_yarn_is_a_property_of_the_weights_and_not_of_a_prompts_length(model):
     yarn = SHORT_YARN | {"original_max_position_embeddings": 4096}
     with_yarn, without = build(rope_scaling=yarn), build(rope_scaling=None)
@@ -50,7 +44,6 @@ def test_yarn_is_a_property_of_the_weights_and_not_of_a_prompts_length(model):
     assert (logits(with_yarn, tokens(1, 6)) - logits(without, tokens(1, 6))).abs().max() > 1e-3
     ids = tokens(1, 80)  # beyond the 32 positions of the original context
     close(logits(model, ids)[:, :20], logits(model, ids[:, :20]))
-
 
 def test_angles_are_made_for_real_whatever_happens_to_the_model():
     """They are no weights: nothing would ever fill them in behind `torch.device("meta")`."""
@@ -62,9 +55,7 @@ def test_angles_are_made_for_real_whatever_happens_to_the_model():
         assert found.rotary_emb.inv_freq.dtype == torch.float32
     assert "rotary_emb.inv_freq" not in built.state_dict()
 
-
 # ---- The equations ----
-
 
 def attention_by_the_equations(attn, inv_freq, x):
     """Eqs. 1–11 in loops over heads and tokens, rotary channels as complex numbers; x (T, D)."""
@@ -95,7 +86,6 @@ def attention_by_the_equations(attn, inv_freq, x):
     joined = torch.stack(heads).view(H, T, V).transpose(0, 1).flatten(1)
     return joined @ attn.o_proj.weight.T
 
-
 @torch.no_grad()
 def test_attention_is_what_the_equations_say(form):
     model = build(rms_norm_eps=0.1)
@@ -105,14 +95,11 @@ def test_attention_is_what_the_equations_say(form):
     x, (out, _) = seen["model.layers.0.input_layernorm"][0], seen["model.layers.0.self_attn"]
     close(out[0], attention_by_the_equations(attn, inv_freq, x), 1e-4)
 
-
 ROWS = [tokens(9), tokens(5, seed=2), tokens(1, seed=3)]
-
 
 def padded(side):
     """Three rows of 9, 5 and 1 tokens and their mask; no padding: three of 9."""
     return (tokens(3, 9), None) if side is None else pad(ROWS, side, value=7)
-
 
 @pytest.mark.parametrize("side", [None, "left", "right"])
 def test_the_three_forms_have_the_same_values_and_gradients(side, monkeypatch):
@@ -130,7 +117,6 @@ def test_the_three_forms_have_the_same_values_and_gradients(side, monkeypatch):
         close(absorbed, eager)
         close(fused, eager)
 
-
 @torch.no_grad()
 def test_bfloat16_comes_close_in_every_form(form):
     """Absorbed, the float32 softmax meets bfloat16 latents and weights."""
@@ -139,7 +125,6 @@ def test_bfloat16_comes_close_in_every_form(form):
     exact = logits(build(num_hidden_layers=1), ids)
     assert found.dtype == torch.bfloat16
     assert (found.float() - exact).norm() < 0.03 * exact.norm()
-
 
 def test_decoding_absorbs_and_training_expands():
     """All give the same, in other times and with other things to watch: so the choice is asked for."""
@@ -158,21 +143,17 @@ def test_decoding_absorbs_and_training_expands():
             handle.remove()
     assert taken() == "fused absorbed eager"
 
-
 class Sharper(nn.Module):
     def forward(self, scores):
         return (2 * scores).softmax(-1)
-
 
 class Doubled(Linear):
     def forward(self, x):
         return 2 * super().forward(x)
 
-
 class Twice(nn.Module):
     def forward(self, weight):
         return 2 * weight
-
 
 def change(attn, how):
     """Keys and values, or scores, twice as large, by every way to change a module's output."""
@@ -192,10 +173,8 @@ def change(attn, how):
     else:
         attn.scale *= 2
 
-
 CHANGES = ["projection replaced", "projection hooked", "projection parametrized"]
 CHANGES += ["softmax replaced", "softmax hooked"]
-
 
 @pytest.mark.parametrize("how", CHANGES)
 def test_a_changed_module_is_heard_in_prefill_and_decoding(model, how):
@@ -208,11 +187,9 @@ def test_a_changed_module_is_heard_in_prefill_and_decoding(model, how):
     close(*found)
     assert (found[0] - logits(model, ids)).abs().max() > 1e-3
 
-
 # ---- The cache ----
 
 GROWTH = [(0, [4, 5, 6, 7, 9, 10, 100], [4, 6, 6, 9, 9, 13, 100]), (20, [4, 20, 21], [20, 20, 30])]
-
 
 @pytest.mark.parametrize(("capacity", "lengths", "rooms"), GROWTH)
 def test_the_cache_grows_by_half_or_as_much_as_is_needed(capacity, lengths, rooms):
@@ -224,7 +201,6 @@ def test_the_cache_grows_by_half_or_as_much_as_is_needed(capacity, lengths, room
         assert torch.equal(held, everything[:, :end])
         assert cache.layers[0].shape == (2, room, 1)
 
-
 def test_a_cache_in_training_gives_new_tokens_their_gradients():
     cache = LatentCache()
     cache.append(0, torch.ones(1, 2, 3, requires_grad=True))
@@ -234,7 +210,6 @@ def test_a_cache_in_training_gives_new_tokens_their_gradients():
     assert seen[0, :, 0].tolist() == [1, 1, 2] and not cache.layers[0].requires_grad
     seen.sum().backward()
     assert torch.equal(new.grad, torch.ones(1, 1, 3))
-
 
 @torch.no_grad()
 @pytest.mark.parametrize("keep", [9, 6, 0, -3, -9])
@@ -255,7 +230,6 @@ def test_a_cropped_cache_forgets_and_keeps_its_padding(model, keep):
             kept = ids[i, :left] if mask is None else ids[i, :left][mask[i, :left].bool()]
             close(found[i], logits(model, torch.cat([kept, more[i]])[None])[0, len(kept) :])
 
-
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["plain", "padded", "packed", "packed alike"])
 def test_a_cache_goes_on_in_several_ways(model, kind):
@@ -274,9 +248,7 @@ def test_a_cache_goes_on_in_several_ways(model, kind):
         close(found[start::2], logits(model, more[start::2], past_key_values=again))
     close(logits(model, more[::2], past_key_values=cache), found[::2])
 
-
 # ---- What a query may see ----
-
 
 def test_without_padding_there_is_no_pattern(model):
     """Plain causal attention, or one query that sees all, is faster without a matrix."""
@@ -287,13 +259,11 @@ def test_without_padding_there_is_no_pattern(model):
     assert model(tokens(2, 6), position_ids=torch.arange(6)[None]).documents is None
     assert model(tokens(2, 1), torch.ones(2, 1)).documents is not None  # asking would cost more
 
-
 def square(mask, added=None):
     """A mask of every query and key, (B, 1, T, S), boolean or to be added."""
     T = mask.shape[1]
     sees = (mask[:, None, None].bool() & torch.ones(T, T).tril().bool()).clone()
     return sees if added is None else torch.zeros(sees.shape).masked_fill(~sees, added)
-
 
 @torch.no_grad()
 @pytest.mark.parametrize("side", [None, "left"])
@@ -313,14 +283,11 @@ def test_masks_of_every_kind_say_the_same(model, side, form):
     if side is None:  # one row of a mask for all
         close(logits(model, ids, square(mask[:1])), right)
 
-
 DOCUMENTS = [[9], [4, 5], [1, 1, 7], [3, 1, 4, 1]]
-
 
 def packed(lengths):
     """position_ids (1, 9) of documents of these lengths behind one another."""
     return torch.cat([torch.arange(length) for length in lengths])[None]
-
 
 @pytest.mark.parametrize("sizes", [None, [2, 3, 4]], ids=str)
 def test_packed_documents_are_each_document_alone(model, sizes, form):
@@ -340,7 +307,6 @@ def test_packed_documents_are_each_document_alone(model, sizes, form):
         close(in_chunks(model, ids, sizes or [9], other, positions)[0], together)
     close(logits(model, ids, mask[-1:], positions[-1:]), logits(model, ids, position_ids=positions[-1:]))
 
-
 @torch.no_grad()
 def test_the_last_packed_document_goes_on_behind_a_cache(model):
     ids, more = tokens(2, 9), tokens(2, 3, seed=4)
@@ -349,14 +315,12 @@ def test_the_last_packed_document_goes_on_behind_a_cache(model):
     alone = logits(model, torch.cat([ids[:, 4:], more], 1))
     close(torch.cat(found, 1), alone[:, 5:])
 
-
 def test_positions_count_from_the_first_token_and_only_distances_matter(model):
     ids = tokens(2, 6)
     right = logits(model, ids)
     for positions in (torch.arange(6)[None], torch.arange(6).expand(2, 6), torch.arange(6)[None].int()):
         close(logits(model, ids, position_ids=positions), right)
     close(logits(model, ids, position_ids=torch.arange(50, 56)[None]), right, 1e-4)
-
 
 def test_an_error_of_shape_says_which_would_be_right(model):
     for name, shape in itertools.product(("attention_mask", "position_ids"), [(2, 5), (3, 6)]):
@@ -367,9 +331,7 @@ def test_an_error_of_shape_says_which_would_be_right(model):
     with pytest.raises(ValueError, match=r"attention_mask.*\(2, 2\).*\(2, 6\)"):
         model(tokens(2, 2), torch.ones(2, 2), past_key_values=cache)
 
-
 # ---- Looking inside ----
-
 
 @torch.no_grad()
 def test_attentions_behind_a_cache_are_the_last_rows_of_all(model):
@@ -384,7 +346,6 @@ def test_attentions_behind_a_cache_are_the_last_rows_of_all(model):
         assert torch.equal(matrix, matrix.tril())
         on_padding = (matrix * ~real[:, None, None]).sum(-1).transpose(1, 2)
         assert (on_padding[real] == 0).all()
-
 
 @torch.no_grad()
 def test_every_output_field_has_its_shape():
@@ -406,7 +367,6 @@ def test_every_output_field_has_its_shape():
     assert out.loss is None and out["logits"] is out[0] is out.logits
     assert len(out[:]) == sum(value is not None for value in vars(out).values())
 
-
 @torch.no_grad()
 @pytest.mark.parametrize("mask", [None, torch.tensor([[0, 0, 1, 1, 1], [1] * 5])])
 def test_watching_changes_no_bit_but_where_probabilities_are_shown(model, mask):
@@ -421,7 +381,6 @@ def test_watching_changes_no_bit_but_where_probabilities_are_shown(model, mask):
     for matrix, traced in zip(shown.attentions, seen.values(), strict=True):
         assert torch.equal(matrix, traced)
 
-
 @torch.no_grad()
 def test_trace_records_what_modules_return():
     model, ids = build(), tokens(2, 5)
@@ -431,7 +390,6 @@ def test_trace_records_what_modules_return():
     assert gates == ["model.layers.1.mlp.gate", "model.layers.2.mlp.gate"]
     assert torch.equal(seen["model.norm"], out.last_hidden_state)
     assert torch.equal(seen[gates[0]].indices, out.routing[0].indices)
-
 
 def test_trace_says_what_it_cannot_show_and_leaves_no_hook_behind():
     model = build()

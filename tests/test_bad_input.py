@@ -21,16 +21,13 @@ from deepseek_v3 import (
 IDS, D, VOCAB = tokens(2, 4), 32, 61
 HUGE = 10**400  # an integer that no float holds
 
-
 def refuses(culprit, call, *args, **options):
     with pytest.raises(ValueError, match=re.escape(culprit)):
         call(*args, **options)
 
-
 @pytest.fixture(scope="module")
 def model():
     return build(eos_token_id=None)
-
 
 # ---- Forward ----
 
@@ -73,11 +70,9 @@ FORWARD = [
     (dict(labels=IDS, logits_to_keep=1), "labels"),
 ]
 
-
 @pytest.mark.parametrize(("given", "culprit"), FORWARD, ids=[culprit for _, culprit in FORWARD])
 def test_an_input_that_cannot_work_is_named(model, given, culprit):
     refuses(culprit, model, **{"input_ids": IDS} | given)
-
 
 def test_a_cache_of_other_rows_is_refused_and_still_works(model):
     cache = model(IDS, use_cache=True).past_key_values
@@ -86,7 +81,6 @@ def test_a_cache_of_other_rows_is_refused_and_still_works(model):
     refuses("attention_mask", model, IDS, torch.ones(2, 4), past_key_values=cache)
     assert torch.equal(model(IDS, past_key_values=cache).logits, model(IDS, past_key_values=before).logits)
 
-
 HEADS = [DeepseekV3ForSequenceClassification, DeepseekV3ForTokenClassification]
 LABELS = [[0, 1], IDS[0], torch.full((2,), 3), torch.full((2, 4), 3), torch.full((2,), -1)]
 LABELS += [torch.zeros(2, 2), torch.zeros(2, 4), torch.zeros(2, 4, 3)]
@@ -94,11 +88,9 @@ CLASSES = [(cls, 3, labels) for cls in HEADS for labels in LABELS]
 CLASSES += [(HEADS[1], 1, labels) for labels in LABELS]
 CLASSES += [(HEADS[0], 1, labels) for labels in LABELS if len(labels) != 2 or len(torch.as_tensor(labels).shape) > 1]
 
-
 @pytest.mark.parametrize(("cls", "num_labels", "labels"), CLASSES, ids=lambda x: str(x)[-40:])
 def test_class_labels_that_cannot_work_are_named(cls, num_labels, labels):
     refuses("labels", build(cls, num_labels=num_labels), IDS, labels=labels)
-
 
 # ---- Generation ----
 
@@ -108,23 +100,28 @@ GENERATE += [("top_k", 2.5), ("top_k", "3"), ("top_p", "0.5"), ("top_p", None), 
 GENERATE += [("eos_token_id", value) for value in ("</s>", 1.0, [1, "2"], [None], [[1]])]
 GENERATE += [("num_draft_tokens", value) for value in (1.5, "2", 0, -1)]
 GENERATE += [("generator", 7), ("streamer", 7), ("streamer", "print")]
-
+GENERATE += [("repetition_penalty", value) for value in (-1.0, 0, math.nan, None)]
+GENERATE += [("num_return_sequences", value) for value in (2, 0, 1.0, True)]  # 2 without do_sample
+PROCESSORS = (7, [7], lambda ids, scores: None, lambda ids, scores: scores[:, :5])
+GENERATE += [("logits_processor", each) for each in PROCESSORS]
+GENERATE += [("past_key_values", 7), ("inputs_embeds", IDS)]
 
 @pytest.mark.parametrize(("name", "value"), GENERATE, ids=str)
 def test_an_argument_of_generate_that_cannot_work_is_named(model, name, value):
     refuses(name, model.generate, IDS, use_mtp=True, **{name: value})
 
-
 @pytest.mark.parametrize("ids", [[1, 2], "text", None, IDS[0], IDS[:0], IDS[:, :0], IDS.float(), IDS + VOCAB], ids=str)
 def test_a_prompt_that_cannot_work_is_named(model, ids):
     refuses("input_ids", model.generate, ids)
 
+def test_a_cache_that_leaves_nothing_to_read_is_named(model):
+    cache = model(IDS, use_cache=True).past_key_values
+    refuses(f"past_key_values holds {IDS.shape[1]} tokens", model.generate, IDS, past_key_values=cache)
 
 @pytest.mark.parametrize("use_mtp", [False, True])
 def test_a_prompt_of_short_integers_is_one_too(model, use_mtp):
     found = model.generate(IDS.int(), max_new_tokens=6, use_mtp=use_mtp)
     assert torch.equal(found, model.generate(IDS, max_new_tokens=6))
-
 
 def test_a_broken_model_is_not_sampled_from():
     model = build()
@@ -132,9 +129,7 @@ def test_a_broken_model_is_not_sampled_from():
         model.lm_head.weight.fill_(math.nan)
     refuses("logits", model.generate, IDS, do_sample=True)
 
-
 # ---- Loading and saving ----
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -142,31 +137,26 @@ def folder(tmp_path_factory):
     build(eos_token_id=None).save_pretrained(path)
     return path
 
-
 LOAD = [("num_hidden_layers", value) for value in ("2", 2.0, True, 0, -1, 4, HUGE)]
-LOAD += [("dtype", value) for value in ("float16", "int8", 16, torch.float16, torch.int8, deepseek_v3.FP8)]
+LOAD += [("dtype", value) for value in ("float8_e4m3fn", "int8", 16, torch.int8, deepseek_v3.FP8)]
 LOAD += [("device_map", value) for value in ("nowhere", 99, -1, 1.5, [], "cuda:99", {"": "nowhere"}, {}, {5: "cpu"})]
 LOAD += [("device_map", {"model.layers.9": "cpu"}), ("device_map", "mps"), ("device_map", "disk")]
 LOAD += [("max_memory", value) for value in ({0: "many"}, {"cpu": None}, {"cpu": HUGE}, {"cpu": -1}, "8GB")]
 LOAD += [("hidden_size", "32")]
-
 
 @pytest.mark.parametrize(("name", "value"), LOAD, ids=lambda x: str(x)[:20])
 def test_an_argument_of_from_pretrained_that_cannot_work_is_named(folder, name, value):
     options = {"device_map": "auto"} if name == "max_memory" else {}
     refuses(name, DeepseekV3ForCausalLM.from_pretrained, folder, **options | {name: value})
 
-
 OTHERS = {"torch_dtype": torch.bfloat16, "device": "cuda", "token": "hf_x", "load_in_8bit": True}
-
 
 @pytest.mark.parametrize("name", [*OTHERS, "trust_remote_code", "hiden_size"])
 def test_a_keyword_that_is_no_argument_is_named(folder, name):
     hint = "use dtype" if name == "torch_dtype" else "no argument"
-    for cls in (DeepseekV3ForCausalLM, DeepseekV3Model):
+    for cls in (DeepseekV3ForCausalLM, DeepseekV3Model, DeepseekV3Config):
         given = {name: OTHERS.get(name, 8)}
         refuses(f"from_pretrained({name}=…): {hint}", cls.from_pretrained, folder, **given)
-
 
 @pytest.mark.parametrize("directory", [None, 5, b"folder", ["folder"], ""], ids=str)
 def test_what_is_no_folder_is_named(directory):
@@ -175,23 +165,19 @@ def test_what_is_no_folder_is_named(directory):
     refuses("directory", build().save_pretrained, directory)
     refuses("directory", build().config.save_pretrained, directory)
 
-
 @pytest.mark.parametrize("name", ["nowhere", "x" * 5000, "nul\0", "config.json/deeper", "../nowhere"])
 def test_a_folder_that_is_not_there_is_named(folder, name):
     for cls in (DeepseekV3ForCausalLM, DeepseekV3Config):
         with pytest.raises(FileNotFoundError, match=re.escape(name)):
             cls.from_pretrained(folder / name)
 
-
 SAVE = [("max_shard_size", value) for value in (HUGE, "9" * 400 + "GB", math.nan, [5], "5 apples")]
 SAVE += [("quantize", value) for value in ("int8", True, ["fp8"], torch.float8_e4m3fn)]
-
 
 @pytest.mark.parametrize(("name", "value"), SAVE, ids=lambda x: str(x)[:20])
 def test_an_argument_of_save_pretrained_that_cannot_work_is_named(tmp_path, name, value):
     refuses(name, build().save_pretrained, tmp_path / "new", **{name: value})
     assert not list(tmp_path.iterdir())
-
 
 def test_what_fp8_cannot_hold_is_named_and_the_older_checkpoint_stays(tmp_path):
     older, model = build(seed=1), build(seed=2)
@@ -203,14 +189,11 @@ def test_what_fp8_cannot_hold_is_named_and_the_older_checkpoint_stays(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     assert torch.equal(DeepseekV3ForCausalLM.from_pretrained(tmp_path)(IDS).logits, older(IDS).logits)
 
-
 def test_a_model_without_numbers_is_not_saved(tmp_path):
     refuses("meta", build().to("meta").save_pretrained, tmp_path / "new")
     assert not list(tmp_path.iterdir())
 
-
 # ---- Commands ----
-
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
@@ -232,7 +215,6 @@ def places(tmp_path_factory):
     build(vocab_size=258).save_pretrained(root / "model")
     tokenizer.save(str(root / "model/tokenizer.json"))
     return root
-
 
 COMMANDS = [
     ("", "required"),
@@ -282,7 +264,6 @@ COMMANDS = [
     ("train --config nowhere.json", "nowhere.json"),
 ]
 
-
 @pytest.mark.parametrize(("words", "culprit"), COMMANDS, ids=[words or "nothing" for words, _ in COMMANDS])
 def test_a_command_that_cannot_work_says_so_in_one_line(places, tmp_path, capsys, monkeypatch, words, culprit):
     monkeypatch.chdir(tmp_path)
@@ -296,7 +277,6 @@ def test_a_command_that_cannot_work_says_so_in_one_line(places, tmp_path, capsys
     assert stop.value.code == 2 and culprit in error, error
     assert len(error.splitlines()) == 1, error
     assert not list(tmp_path.iterdir()) and sorted(places.rglob("*")) == before
-
 
 def test_a_model_too_large_to_train_is_not_begun(places, tmp_path, capsys):
     words = ["train", "--config", places / "v3.json", "--data", places / "text", "--out", tmp_path]

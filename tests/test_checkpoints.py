@@ -17,17 +17,14 @@ from deepseek_v3 import DeepseekV3ForCausalLM, DeepseekV3Model
 
 L, E, VOCAB, D = 3, 12, 61, 32  # of the small model
 
-
 def load(directory, **more):
     """A model, and no warning on the way."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return DeepseekV3ForCausalLM.from_pretrained(directory, **more)
 
-
 def weight_map(directory):
     return json.loads((directory / INDEX).read_text())["weight_map"]
-
 
 def assert_same(first, second):
     a, b = first.state_dict(), second.state_dict()
@@ -36,13 +33,10 @@ def assert_same(first, second):
         assert a[name].dtype == b[name].dtype, name
         assert torch.equal(a[name], b[name]), name
 
-
 # ---- There and back ----
-
 
 CHANGES = [{"q_lora_rank": None}, {"attention_bias": True}, {"n_shared_experts": None}]
 CHANGES += [{"first_k_dense_replace": 9}, {"first_k_dense_replace": 0}]
-
 
 @pytest.mark.parametrize(
     ("changes", "dtype", "size"),
@@ -60,12 +54,10 @@ def test_what_is_saved_comes_back_bit_for_bit(changes, dtype, size, tmp_path):
     assert (tmp_path / INDEX).exists() == (size != "5GB")
     assert torch.equal(again(tokens(1, 5)).logits, model(tokens(1, 5)).logits)
 
-
 def test_the_trunk_alone_comes_back(tmp_path):
     model = build(DeepseekV3Model, num_nextn_predict_layers=0)
     model.save_pretrained(tmp_path)
     assert_same(DeepseekV3Model.from_pretrained(tmp_path), model)
-
 
 def test_a_loaded_model_trains(tmp_path):
     build().save_pretrained(tmp_path)
@@ -74,7 +66,6 @@ def test_a_loaded_model_trains(tmp_path):
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert model.update_router_bias(0.01)
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_dtype_is_for_weights_and_not_for_the_bias(dtype, tmp_path):
@@ -85,7 +76,6 @@ def test_a_dtype_is_for_weights_and_not_for_the_bias(dtype, tmp_path):
     for old, new in zip(router_biases(model), router_biases(again), strict=True):
         assert new.dtype == torch.float32
         assert torch.equal(old, new)
-
 
 def test_a_bfloat16_bias_is_read_as_float32_and_experts_in_two_dtypes_as_the_wider(tmp_path):
     """Moonlight's repository is bfloat16 throughout."""
@@ -98,13 +88,10 @@ def test_a_bfloat16_bias_is_read_as_float32_and_experts_in_two_dtypes_as_the_wid
     experts = model.model.layers[1].mlp.experts
     assert (experts.up_proj.dtype, experts.gate_proj.dtype) == (torch.float32, torch.bfloat16)
 
-
 # ---- The released layout ----
-
 
 SIZES = {7168: D, 14336: 2 * D, 1536: 17, 24576: 3 * (6 + 8), 576: 11 + 8, 512: 11, 32768: 3 * (6 + 5)}
 SIZES |= {16384: 3 * 5, 18432: 48, 2048: 16, 256: E, 129280: VOCAB}  # of the released model, and of the small one
-
 
 def small_layout(layers, depths):
     """Names and shapes of a checkpoint as published, at the sizes of the small model."""
@@ -117,7 +104,6 @@ def small_layout(layers, depths):
                 names[deeper] = tuple(SIZES[size] for size in shape)
     return names
 
-
 @pytest.mark.parametrize(("layers", "depths", "size"), [(3, 0, "30KB"), (4, 1, "5GB"), (5, 2, "30KB")])
 def test_names_and_shapes_are_the_released_ones(layers, depths, size, tmp_path):
     """MTP stands at layer num_hidden_layers, 61 in the released model and any other number here."""
@@ -125,7 +111,6 @@ def test_names_and_shapes_are_the_released_ones(layers, depths, size, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size=size)
     found = {name: tuple(tensor.shape) for name, tensor in stored(tmp_path).items()}
     assert found == small_layout(layers, depths)
-
 
 def test_experts_are_stored_apart_mtp_repeats_embedding_and_head_and_biases_are_float32(tmp_path):
     model = build(dtype=torch.bfloat16)
@@ -139,7 +124,6 @@ def test_experts_are_stored_apart_mtp_repeats_embedding_and_head_and_biases_are_
     for name, tensor in held.items():
         is_bias = name.endswith("e_score_correction_bias")
         assert tensor.dtype == (torch.float32 if is_bias else torch.bfloat16), name
-
 
 @pytest.mark.parametrize("size", ["0.02MB", "20 kb", "19.53125KiB", 20_000, "20000"])
 def test_shards_keep_to_their_size_and_the_index_tells_where_and_how_much(tmp_path, size):
@@ -158,9 +142,7 @@ def test_shards_keep_to_their_size_and_the_index_tells_where_and_how_much(tmp_pa
     assert index["weight_map"] == where
     assert index["metadata"]["total_size"] == total
 
-
 # ---- The first few layers of a deep checkpoint ----
-
 
 @pytest.mark.parametrize(
     ("kept", "depths", "asked"), [(1, 2, 1), (2, 1, None), (2, 2, 0), (4, 2, 2), (5, 2, 1)]
@@ -182,20 +164,19 @@ def test_a_slice_is_the_first_layers_and_opens_only_the_shards_that_it_needs(kep
     model.save_pretrained(tmp_path / "slice")
     assert_same(load(tmp_path / "slice"), model)
 
-
 # ---- MTP modules that are or are not there ----
 
-
-def test_a_config_that_announces_absent_mtp_modules_warns(tmp_path):
-    build(num_nextn_predict_layers=0).save_pretrained(tmp_path)
+@pytest.mark.parametrize(("held", "announced"), [(0, 1), (1, 2)])
+def test_a_config_that_announces_absent_mtp_modules_warns(tmp_path, held, announced):
+    model = build(num_nextn_predict_layers=held)
+    model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
-    with pytest.warns(UserWarning, match="MTP"):
-        model = DeepseekV3ForCausalLM.from_pretrained(tmp_path)
-    assert model.config.num_nextn_predict_layers == 0
-    assert len(model.model.layers) == L
-    assert model(tokens(1, 4), labels=tokens(1, 4)).mtp_logits is None
-
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": announced}))
+    with pytest.warns(UserWarning, match=f"announces {announced} MTP modules, but holds {held}"):
+        again = DeepseekV3ForCausalLM.from_pretrained(tmp_path)
+    assert_same(again, model)
+    assert (again.config.num_nextn_predict_layers, len(again.model.layers)) == (held, L + held)
+    assert (again(tokens(1, 4), labels=tokens(1, 4)).mtp_logits is None) == (held == 0)
 
 def test_copies_may_be_missing_and_an_old_buffer_of_frequencies_is_no_stranger(tmp_path):
     """Older tools wrote rotary frequencies along; they follow from the config."""
@@ -206,11 +187,9 @@ def test_copies_may_be_missing_and_an_old_buffer_of_frequencies_is_no_stranger(t
     save_file(held | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, file)
     assert_same(load(tmp_path), model)
 
-
 # ---- Saving over an older checkpoint ----
 
 MANY, SOME, ONE = "10KB", "60KB", "5GB"
-
 
 def test_a_folder_holds_one_checkpoint_and_what_is_not_of_it(tmp_path):
     """Each kind of save over each kind, and files that only look like a checkpoint's stay as they are."""
@@ -233,17 +212,17 @@ def test_a_folder_holds_one_checkpoint_and_what_is_not_of_it(tmp_path):
         else:
             assert_same(again, model)
 
-
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)], ids=oct)
 def test_files_have_the_permissions_of_the_umask(tmp_path, umask, mode):
-    before = os.umask(umask)
+    before, model = os.umask(umask), build()
+    model.tokenizer_files, model.generation_config.eos_token_id = {"tokenizer.json": b"{}"}, 1
     try:
         for size in (ONE, SOME):
-            build().save_pretrained(tmp_path, max_shard_size=size)
+            model.save_pretrained(tmp_path, max_shard_size=size)
+            assert len(list(tmp_path.glob("*.json"))) >= 3
             assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {mode}
     finally:
         os.umask(before)
-
 
 def test_saving_again_writes_the_same(tmp_path):
     """And notes that it holds PyTorch tensors: other libraries refuse a file without that."""

@@ -14,14 +14,11 @@ from deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM, DeepseekV3Model
 
 FIELDS = {field.name for field in dataclasses.fields(DeepseekV3Config)}
 
-
 def write(directory, content):
     (directory / "config.json").write_text(json.dumps(content))
     return directory
 
-
 # ---- Released members of the family ----
-
 
 def test_the_defaults_are_the_released_671b_model():
     """What it leaves out: λ of the first 10T tokens and α (§4.2); no pad id, two labels."""
@@ -30,7 +27,6 @@ def test_the_defaults_are_the_released_671b_model():
     assert {key: getattr(config, key) for key in expected.keys() & FIELDS} == {
         key: expected[key] for key in expected.keys() & FIELDS
     }
-
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_a_released_config_reads_as_it_is_and_every_key_is_written_back(name, tmp_path):
@@ -44,13 +40,11 @@ def test_a_released_config_reads_as_it_is_and_every_key_is_written_back(name, tm
     again = DeepseekV3Config.from_pretrained(tmp_path / "again", num_hidden_layers=2)  # which wins over the file
     assert again.to_dict() == config.to_dict() | {"num_hidden_layers": 2}
 
-
 def test_a_whole_file_without_yarn_and_mtp_has_neither():
     bare = {key: V3[key] for key in V3 if key not in ("rope_scaling", "num_nextn_predict_layers")}
     config = DeepseekV3Config(**bare)
     assert config.rope_scaling is None
     assert config.num_nextn_predict_layers == 0
-
 
 def test_the_tiny_preset_has_every_mechanism_and_3_6_million_parameters():
     """Its cache has 64 + 16 numbers a token and layer, a twentieth of keys and values of 4 heads."""
@@ -67,12 +61,10 @@ def test_the_tiny_preset_has_every_mechanism_and_3_6_million_parameters():
     assert sum(p.numel() for p in model.parameters()) == 3_590_688
     assert DeepseekV3Config.tiny(vocab_size=99).vocab_size == 99
 
-
 @pytest.mark.parametrize("name", ["hiden_size", "n_layer", "dtype"])
 def test_the_tiny_preset_takes_fields_alone(name):
     with pytest.raises(ValueError, match=f"{name}.*no field"):
         DeepseekV3Config.tiny(**{name: 8})
-
 
 @pytest.mark.parametrize("key", ["self", "cls", "directory", "file", "given", "extra", "", "n_routed_expert"])
 def test_every_other_key_of_a_file_is_taken_for_a_key(tmp_path, key):
@@ -81,11 +73,9 @@ def test_every_other_key_of_a_file_is_taken_for_a_key(tmp_path, key):
     config.save_pretrained(tmp_path / "again")
     assert DeepseekV3Config.from_pretrained(tmp_path / "again") == config
 
-
 def test_two_configs_share_no_dict():
     DeepseekV3Config().rope_scaling["factor"] = 1
     assert DeepseekV3Config().rope_scaling["factor"] == 40
-
 
 def test_reading_a_dict_leaves_it_as_it_was():
     given = V3 | {"rope_parameters": YARN | {"rope_theta": 10000}}
@@ -94,9 +84,7 @@ def test_reading_a_dict_leaves_it_as_it_was():
     DeepseekV3Config(**given)
     assert given == before
 
-
 # ---- RoPE in all its spellings ----
-
 
 def yarn_numbers(**rope):
     """What the model makes of RoPE settings: frequencies, factor on cos and sin, softmax scale."""
@@ -105,7 +93,6 @@ def yarn_numbers(**rope):
     config = DeepseekV3Config(**(small | rope))
     rotary = DeepseekV3Model(config).rotary_emb
     return rotary.inv_freq.tolist(), rotary.factor, config.softmax_scale
-
 
 RENAMED = {"rope_type" if key == "type" else key: value for key, value in YARN.items()}
 SPELLINGS = {
@@ -117,11 +104,9 @@ SPELLINGS = {
     "rope_parameters": dict(rope_parameters=RENAMED | {"rope_theta": 10000.0}),
 }
 
-
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_every_spelling_of_yarn_means_the_same(spelling):
     assert yarn_numbers(**SPELLINGS[spelling]) == yarn_numbers(**SPELLINGS["type"])
-
 
 @pytest.mark.parametrize(
     "rope",
@@ -137,7 +122,6 @@ def test_every_spelling_of_no_yarn_means_the_same(rope):
     assert frequencies == pytest.approx([50000 ** (-2 * pair / 8) for pair in range(4)])
     assert magnitude == 1
     assert scale == pytest.approx(14**-0.5)
-
 
 @pytest.mark.parametrize(
     ("given", "field", "value"),
@@ -158,7 +142,6 @@ def test_every_spelling_of_no_yarn_means_the_same(rope):
 )
 def test_other_spellings_are_read(given, field, value):
     assert getattr(DeepseekV3Config(**given), field) == value
-
 
 # ---- What cannot work is refused, by field and value ----
 
@@ -207,12 +190,10 @@ REFUSED = [
 ]
 REFUSED = [(field, right, value) for field, right, *values in REFUSED for value in values]
 
-
 @pytest.mark.parametrize(("field", "right", "value"), REFUSED, ids=lambda x: str(x)[:30])
 def test_the_error_names_the_field_and_its_value_and_says_what_would_be_right(field, right, value):
     with pytest.raises(ValueError, match=re.escape(f"{field}={value!r}: must be {right}") + r"(?!\.)"):
         DeepseekV3Config(**{field: value})
-
 
 @pytest.mark.parametrize(
     "given",
@@ -242,7 +223,6 @@ def test_the_last_value_that_works_is_taken(given):
     kept = vars(config) | config.extra
     assert {key: kept[key] for key in given} == given
 
-
 BAD_YARN = {
     "type": ["linear", "longrope", None],
     "factor": [0, -40, math.nan, "40", True, None, HUGE, 9e-7, 1.1e9],
@@ -255,7 +235,6 @@ BAD_YARN = {
     "truncate": [False],
 }
 
-
 @pytest.mark.parametrize(
     ("key", "value"), [(k, v) for k, values in BAD_YARN.items() for v in values], ids=lambda x: str(x)[:20]
 )
@@ -266,7 +245,6 @@ def test_yarn_that_cannot_work_is_named(key, value):
             DeepseekV3Config(rope_scaling=yarn)
         assert key in str(error.value)
         assert repr(value) in str(error.value) or absent
-
 
 @pytest.mark.parametrize("empty", [None, 0])
 def test_yarn_settings_left_open_take_their_usual_values(empty):
@@ -280,9 +258,7 @@ def test_yarn_settings_left_open_take_their_usual_values(empty):
     assert usual[1] == pytest.approx(0.1 * math.log(40) + 1)  # all of it on cos and sin
     assert usual[2] == pytest.approx(14**-0.5)
 
-
 BROKEN = ["{", "", "[1, 2]", "null", '"text"', "[" * 100_000, b"\xff\xfe\x00{"]
-
 
 @pytest.mark.parametrize("content", BROKEN, ids=lambda x: str(x)[:20])
 def test_a_broken_file_is_named(content, tmp_path):
@@ -290,9 +266,7 @@ def test_a_broken_file_is_named(content, tmp_path):
     with pytest.raises(ValueError, match=r"config\.json"):
         DeepseekV3Config.from_pretrained(tmp_path)
 
-
 OTHERS = ["fp8", {"quant_method": "gptq"}, {"fmt": "e5m2"}, {"weight_block_size": [64, 64]}]
-
 
 @pytest.mark.parametrize("quantization", [*OTHERS, {"weight_block_size": None}], ids=str)
 def test_a_quantization_that_is_not_the_released_one_is_refused(quantization):

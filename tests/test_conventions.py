@@ -5,21 +5,34 @@ Wherever transformers has the thing, its own classes say what is right.
 """
 
 import json
-import os
 import warnings
 
+import peft
 import pytest
 import torch
 import transformers
+from checkpoints import ragged, read
 from helpers import build, close, pad, tokens
+from safetensors.torch import load_file, save_file
 from transformers.generation import logits_process
+from transformers.modeling_layers import MtpModel
 
-from deepseek_v3 import DeepseekV3ForCausalLM
+from deepseek_v3 import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DeepseekV3ForSequenceClassification,
+    DeepseekV3Model,
+)
 
-load = DeepseekV3ForCausalLM.from_pretrained
+load, IDS = DeepseekV3ForCausalLM.from_pretrained, tokens(2, 9)
 
 def theirs(folder, name="AutoModelForCausalLM", **options):
     return getattr(transformers, name).from_pretrained(folder, dtype=torch.float32, **options).eval()
+
+def assert_same(first, second):
+    a, b = first.state_dict(), second.state_dict()
+    assert a.keys() == b.keys()
+    assert all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
 
 # ---- generate -----------------------------------------------------------------------------------
 
@@ -36,7 +49,7 @@ def pair(tmp_path_factory):
     model.save_pretrained(folder)
     return model, theirs(folder)
 
-NEW = 12
+NEW = 9
 ROWS = [tokens(9), tokens(5, seed=2), tokens(3, seed=3)]
 PAD = 28  # a token that a text would have: a penalty must not take padding for it
 BATCHES = {"one": (ROWS[0][None], None)} | {side: pad(ROWS, side, PAD) for side in ("left", "right")}
@@ -103,7 +116,8 @@ def test_greedy_tokens_are_transformers_and_drafts_change_none(pair, asked, batc
 @pytest.mark.parametrize("use_mtp", [False, True])
 @pytest.mark.parametrize("batch", ["one", "left"])
 def test_each_turn_of_a_chat_reads_its_own_tokens_alone(pair, batch, use_mtp):
-    """A turn is what was said so far, and three tokens more of the user."""
+    """A turn is what was said so far, and three tokens more of the user. Where drafts made rows of a batch
+    unlike, the cache keeps what all have in common, the prompt: the answers are read again."""
     (model, other), (ids, mask) = pair, BATCHES[batch]
     cache = model(ids[:, :2], attention_mask=None if mask is None else mask[:, :2], use_cache=True).past_key_values
     read, held = [], cache.length
@@ -117,7 +131,9 @@ def test_each_turn_of_a_chat_reads_its_own_tokens_alone(pair, batch, use_mtp):
         found = model.generate(ids, mask, **options)
         assert found.tolist() == expected.tolist(), f"turn {turn}"
         assert read[0] == ids.shape[1] - held
-        ids, held = torch.cat([found, tokens(len(ids), 3, seed=turn)], 1), found.shape[1] - 1
+        held = ids.shape[1] if use_mtp and len(ids) > 1 else found.shape[1] - 1
+        assert cache.length == held
+        ids = torch.cat([found, tokens(len(ids), 3, seed=turn)], 1)
         mask = None if mask is None else torch.cat([mask, mask.new_ones(len(ids), 8)], 1)
     handle.remove()
 
@@ -170,3 +186,260 @@ def test_padding_is_inferred_from_the_pad_id_with_one_warning(side):
         model.generate(ids.masked_fill(ids == PAD, 1), max_new_tokens=1)
     assert len(seen) == 1
     assert not torch.equal(found, model.generate(ids, torch.ones_like(mask), max_new_tokens=6))
+
+# ---- Loading ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", ["qwen2", "glm4_moe", "dots1", "deepseek_v2"])
+def test_another_model_type_is_the_first_thing_said(tmp_path, kind):
+    """Though more is wrong with the config, and there are no weights."""
+    wrong = {"hidden_size": "x", "rope_scaling": {"type": "longrope"}, "hidden_act": "gelu", "n_group": 7}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind} | wrong))
+    with pytest.raises(ValueError, match=f"^model_type='{kind}': must be one of deepseek_v3"):
+        load(tmp_path)
+
+def test_a_dtype_may_be_a_string(tmp_path):
+    ragged().save_pretrained(tmp_path, quantize="fp8")
+    plain = load(tmp_path)
+    for name in ("bfloat16", "float32"):
+        assert {p.dtype for p in load(tmp_path, dtype=name).parameters()} == {getattr(torch, name)}
+    assert_same(load(tmp_path, dtype="auto"), plain)
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", ["5GB", "30KB"])
+def test_a_trunk_that_transformers_saved_alone(tmp_path, size):
+    """Its names do not begin with `model.`"""
+    build(num_nextn_predict_layers=0).save_pretrained(tmp_path)
+    trunk = theirs(tmp_path).model
+    trunk.save_pretrained(tmp_path / "trunk", max_shard_size=size)
+    found = DeepseekV3Model.from_pretrained(tmp_path / "trunk")
+    close(found(IDS).last_hidden_state, trunk(IDS).last_hidden_state, 1e-5)
+    with pytest.raises(ValueError, match=r"lm_head\.weight: missing"):
+        load(tmp_path / "trunk")
+
+def test_a_state_dict_with_stacked_experts_is_refused(tmp_path):
+    build(num_nextn_predict_layers=0).save_pretrained(tmp_path)
+    held = {name: tensor.clone() for name, tensor in theirs(tmp_path).state_dict().items()}
+    save_file(held, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="experts.gate_up_proj: a state_dict; save its model by save_pretrained"):
+        load(tmp_path)
+
+def test_a_tied_checkpoint_may_hold_its_head_too(tmp_path):
+    model, file = build(tie_word_embeddings=True), tmp_path / "model.safetensors"
+    model.save_pretrained(tmp_path)
+    held = load_file(file)
+    save_file(held | {"lm_head.weight": held["model.embed_tokens.weight"].clone()}, file)
+    assert_same(load(tmp_path), model)
+    save_file(held | {"lm_head.weight": 1 + held["model.embed_tokens.weight"]}, file)
+    with pytest.raises(ValueError, match="lm_head.weight: differs"):
+        load(tmp_path)
+
+# ---- Twins --------------------------------------------------------------------------------------
+
+SIZES = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=3)
+SIZES |= dict(num_key_value_heads=3, kv_lora_rank=11, qk_rope_head_dim=8, qk_nope_head_dim=6, v_head_dim=5)
+SIZES |= dict(rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, max_position_embeddings=64)
+GLM = SIZES | dict(q_lora_rank=17, moe_intermediate_size=16, n_routed_experts=12, num_experts_per_tok=4)
+YOUTU = SIZES | dict(q_lora_rank=17, pad_token_id=3)
+TWINS = {
+    "glm": ("Glm4MoeLite", GLM),
+    "glm in groups": ("Glm4MoeLite", GLM | dict(n_group=3, topk_group=2, norm_topk_prob=False)),
+    "glm of two dense layers": ("Glm4MoeLite", GLM | dict(mlp_layer_types=["dense", "dense", "sparse"])),
+    "glm without dense layers": ("Glm4MoeLite", GLM | dict(mlp_layer_types=["sparse"] * 3)),
+    "glm, biased and tied": ("Glm4MoeLite", GLM | dict(attention_bias=True, tie_word_embeddings=True)),
+    "youtu": ("Youtu", YOUTU),
+    "youtu with a head": ("Youtu", YOUTU | dict(tie_word_embeddings=False)),
+    "youtu, biased, q from the state": ("Youtu", YOUTU | dict(attention_bias=True, q_lora_rank=None)),
+}
+
+@torch.no_grad()
+@pytest.mark.parametrize("twin", TWINS)
+def test_a_twin_computes_the_same_and_is_read_by_its_own_class(tmp_path, twin):
+    """Youtu's class zeroes the embedding of the pad id wherever it loads: what it reads from us is compared
+    with what it reads from itself."""
+    prefix, changes = TWINS[twin]
+    other = getattr(transformers, prefix + "ForCausalLM")(getattr(transformers, prefix + "Config")(**changes)).eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in other.state_dict().items():
+        centre = 1.0 if "norm" in name else -0.6 if name.endswith("correction_bias") else 0.0
+        tensor.normal_(centre, 0.2, generator=generator)
+    other.save_pretrained(tmp_path / "theirs")
+    ours = load(tmp_path / "theirs")
+    close(ours(IDS).logits, other(IDS).logits, 1e-5)
+    ours.save_pretrained(tmp_path / "ours")
+    first, second = (theirs(tmp_path / name) for name in ("theirs", "ours"))
+    assert type(second) is type(other)
+    assert_same(second, first)
+    written, was = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("ours", "theirs"))
+    assert {key: written.get(key) for key in was if key not in ("dtype", "rope_parameters")}.items() <= was.items()
+
+def test_a_dense_layer_behind_a_sparse_one_is_refused():
+    with pytest.raises(ValueError, match="mlp_layer_types=.*'dense' layers, then 'sparse'"):
+        DeepseekV3Config(model_type="glm4_moe_lite", **GLM, mlp_layer_types=["dense", "sparse", "dense"])
+
+@pytest.mark.parametrize("left_out", [(), ("embedding_initializer_range",)])
+def test_a_new_youtu_model_is_drawn_as_transformers_draws_it(left_out):
+    sizes = YOUTU | dict(vocab_size=500, hidden_size=64, tie_word_embeddings=False, bos_token_id=0, eos_token_id=1)
+    other = transformers.YoutuForCausalLM(transformers.YoutuConfig(**sizes))
+    given = {name: value for name, value in other.config.to_dict().items() if name not in left_out}
+    ours = DeepseekV3ForCausalLM(DeepseekV3Config(**given))
+    for name in ("model.embed_tokens.weight", "lm_head.weight", "model.layers.0.self_attn.o_proj.weight"):
+        assert ours.get_parameter(name).std().item() == pytest.approx(other.get_parameter(name).std().item(), rel=0.1)
+
+# ---- Classification -----------------------------------------------------------------------------
+
+PROBLEMS = {
+    "regression": (3, torch.tensor([[0.5, -1.0, 2.0], [0.0, 1.0, 3.0]])),
+    "regression of one": (1, torch.tensor([0.5, -1.0])),
+    "single_label_classification": (3, torch.tensor([2, 0])),
+    "multi_label_classification": (3, torch.tensor([[1.0, 0, 1], [0, 0, 1]])),
+}
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", PROBLEMS)
+def test_problem_type_says_which_loss(tmp_path, kind):
+    labels, name = PROBLEMS[kind], "DeepseekV3ForSequenceClassification"
+    settings = dict(num_labels=labels[0], problem_type=kind.removesuffix(" of one"), pad_token_id=0)
+    model = build(DeepseekV3ForSequenceClassification, num_nextn_predict_layers=0, **settings)
+    model.save_pretrained(tmp_path)
+    expected = theirs(tmp_path, name)(IDS, labels=labels[1]).loss
+    close(model(IDS, labels=labels[1]).loss, expected, 1e-6)
+    close(DeepseekV3ForSequenceClassification.from_pretrained(tmp_path)(IDS, labels=labels[1]).loss, expected, 1e-6)
+    model.config.extra["problem_type"] = "guessing"
+    with pytest.raises(ValueError, match="problem_type='guessing': must be one of regression"):
+        model(IDS, labels=labels[1])
+
+# ---- Saving -------------------------------------------------------------------------------------
+
+ALONG = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "spiece.model"]
+
+def test_tokenizer_files_come_along_and_none_is_overwritten(tmp_path):
+    build().save_pretrained(tmp_path / "old")
+    for name in [*ALONG, "generation_config.json", "README.md"]:
+        (tmp_path / "old" / name).write_text(json.dumps({"is": name}))
+    new = tmp_path / "new"
+    new.mkdir()
+    for name in (ALONG[0], "generation_config.json"):
+        (new / name).write_text("{}")
+    load(tmp_path / "old").save_pretrained(new)
+    expected = {*ALONG, "generation_config.json", "config.json", "model.safetensors"}
+    assert {path.name for path in new.iterdir()} == expected
+    assert (new / ALONG[0]).read_text() == "{}"
+    for name in [*ALONG[1:], "generation_config.json"]:
+        assert json.loads((new / name).read_text()) == {"is": name}
+
+def test_compiled_parts_are_saved_under_their_plain_names(tmp_path):
+    model = build()
+    model.save_pretrained(tmp_path / "plain")
+    model.model.layers[0] = torch.compile(model.model.layers[0])
+    model.model.layers[1].mlp.experts = torch.compile(model.model.layers[1].mlp.experts)
+    model.lm_head = torch.compile(model.lm_head)
+    for name, each in (("parts", model), ("whole", torch.compile(build()))):
+        each.save_pretrained(tmp_path / name, max_shard_size="60KB")
+        assert_same(load(tmp_path / name), load(tmp_path / "plain"))
+
+def test_float16_is_saved_and_loaded_again(tmp_path):
+    model = build().half()
+    model.save_pretrained(tmp_path)
+    assert_same(load(tmp_path), model)
+    assert load(tmp_path, dtype="float16").dtype == theirs(tmp_path).half().dtype == torch.float16
+
+def adapted():
+    peft.get_peft_model(model := build(), peft.LoraConfig(r=2, target_modules=["o_proj"]))
+    return model
+
+def of_another_vocabulary():
+    model = build()
+    model.model.embed_tokens = torch.nn.Embedding(70, 32)
+    return model
+
+UNSAVABLE = {
+    "an adapter": (adapted, r"o_proj.*merge_and_unload\(\)"),
+    "another vocabulary": (of_another_vocabulary, "embed_tokens.weight: not as the config says"),
+}
+
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("kind", UNSAVABLE)
+def test_what_could_not_be_loaded_again_is_refused_before_anything_is_written(tmp_path, kind, older):
+    make, said = UNSAVABLE[kind]
+    build(seed=1).save_pretrained(tmp_path) if older else None
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=said):
+        make().save_pretrained(tmp_path if older else tmp_path / "new")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+# ---- peft ---------------------------------------------------------------------------------------
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("learned", ["lora", "prompt"])
+def test_an_adapter_for_language_models_trains_generates_and_merges(tmp_path, learned):
+    config = peft.LoraConfig(r=2, target_modules=["o_proj", "kv_b_proj"], task_type="CAUSAL_LM")
+    if learned == "prompt":
+        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = build(eos_token_id=None)
+    wrapped = peft.get_peft_model(model, config).train()
+    optimizer, losses = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], 0.02), []
+    for _ in range(3):
+        loss = wrapped(input_ids=IDS, attention_mask=torch.ones_like(IDS), labels=IDS).loss
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[0] > losses[1] > losses[2]
+    for ids, mask in BATCHES.values():
+        mask = torch.ones_like(ids) if mask is None else mask
+        found = wrapped.eval().generate(input_ids=ids, attention_mask=mask, max_new_tokens=6, use_mtp=True)
+        assert torch.equal(wrapped.generate(input_ids=ids, attention_mask=mask, max_new_tokens=6), found)
+        if learned == "prompt":
+            prompt = wrapped.get_prompt(len(ids))
+            embeds = torch.cat([prompt, model.model.embed_tokens(ids)], 1)
+            both = torch.cat([mask.new_ones(len(ids), 4), mask], 1)
+            new = model.generate(inputs_embeds=embeds, attention_mask=both, max_new_tokens=6)
+            assert torch.equal(found, torch.cat([ids, new], 1))
+    if learned == "lora":
+        merged = wrapped.merge_and_unload()
+        merged.save_pretrained(tmp_path)
+        assert torch.equal(load(tmp_path).generate(ids, mask, max_new_tokens=6), found)
+        assert not torch.equal(build(eos_token_id=None).generate(ids, mask, max_new_tokens=6), found)
+
+# ---- transformers reads MTP modules and FP8 -----------------------------------------------------
+
+def as_mtp_layer(tensors, layer, E):
+    """{name in transformers' MtpModel: tensor} of the MTP module at that layer of a checkpoint."""
+    renamed = {"shared_head.norm": "post_norm"} | {name: name for name in ("enorm", "hnorm", "eh_proj")}
+    tensors = {k.removeprefix(layer): v for k, v in tensors.items() if k.startswith(layer) and "embed" not in k}
+    tensors.pop("shared_head.head.weight")
+    stack = lambda part: torch.stack([tensors.pop(f"mlp.experts.{e}.{part}.weight") for e in range(E)])  # noqa: E731
+    gate, up, down = map(stack, ("gate_proj", "up_proj", "down_proj"))
+    tensors |= {"mlp.experts.gate_up_proj": torch.cat([gate, up], 1), "mlp.experts.down_proj": down}
+    found = {}
+    for name, tensor in tensors.items():
+        module = name.removesuffix(".weight")
+        found[f"{renamed[module]}.weight" if module in renamed else f"mtp_block.{name}"] = tensor
+    return found
+
+@torch.no_grad()
+def test_mtp_logits_are_those_of_transformers(tmp_path):
+    """transformers names MTP modules otherwise, and runs them only in generate: layer by layer here."""
+    model = build(num_nextn_predict_layers=2)
+    model.save_pretrained(tmp_path)
+    main, held = theirs(tmp_path), read(tmp_path)
+    other = MtpModel(main, 2).eval()
+    for k, layer in enumerate(other.layers):
+        report = layer.load_state_dict(as_mtp_layer(held, f"model.layers.{3 + k}.", 12), strict=False)
+        assert not report.missing_keys and not report.unexpected_keys
+    hidden = main.model(IDS).last_hidden_state
+    for k, found in enumerate(model(IDS, output_mtp=True).mtp_logits, 1):
+        where = torch.arange(IDS.shape[1] - k)[None]
+        hidden = other.forward_layer(k - 1, hidden[:, :-1], where, None, input_ids=IDS[:, k:])
+        close(found, main.lm_head(hidden), 1e-4)
+
+WHOLE = dict(hidden_size=128, intermediate_size=256, moe_intermediate_size=128, q_lora_rank=128, kv_lora_rank=120)
+WHOLE |= dict(num_attention_heads=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_routed_experts=6)
+
+@torch.no_grad()
+def test_transformers_reads_fp8_where_blocks_are_whole(tmp_path):
+    """On a CPU it dequantises; it refuses the 4.5 blocks of rows of the released kv_a_proj_with_mqa."""
+    model = build(**WHOLE, num_experts_per_tok=2, initializer_range=0.05)
+    model.save_pretrained(tmp_path, quantize="fp8")
+    other = theirs(tmp_path, quantization_config=transformers.FineGrainedFP8Config(dequantize=True))
+    close(other(IDS).logits, load(tmp_path, dtype=torch.float32)(IDS).logits, 1e-4)

@@ -18,10 +18,8 @@ GB = 10**9
 
 SIZES = {"embed": 4, "layers.0": 1, "layers.1": 20, "layers.2": 20, "layers.3": 20, "head": 4}
 
-
 def loads(plan, sizes):
     return {device: sum(sizes[p] for p, d in plan.items() if d == device) for device in plan.values()}
-
 
 @pytest.mark.parametrize(
     ("room", "balanced", "expected"),
@@ -40,13 +38,11 @@ def loads(plan, sizes):
 def test_the_plan(room, balanced, expected):
     assert list(plan_devices(SIZES, room, balanced).values()) == expected
 
-
 def test_balanced_means_by_bytes():
     """Dense layers are 20 times lighter: counting layers would fill the second GPU first."""
     sizes = {f"layers.{i}": 1 if i < 12 else 20 for i in range(24)}
     plan = plan_devices(sizes, {0: 10**6, 1: 10**6})
     assert loads(plan, sizes) == {0: 132, 1: 120}
-
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_plan_keeps_order_and_room(seed):
@@ -59,14 +55,11 @@ def test_a_plan_keeps_order_and_room(seed):
         assert order == sorted(order)
         assert all(used <= room[device] for device, used in loads(plan, sizes).items())
 
-
 def test_what_does_not_fit_is_told_with_its_bytes():
     with pytest.raises(ValueError, match="69 bytes do not fit"):
         plan_devices(SIZES, {0: 30, 1: 30})
 
-
 # ---- 671B on 8 GPUs ----
-
 
 @cache
 def released():
@@ -77,7 +70,6 @@ def released():
     sizes = {n: deepseek_v3.held_bytes(deepseek_v3.find_tensor(model, n), k) for n, k in kinds.items()}
     return model, sizes
 
-
 def test_8_gpus_of_141_gb_hold_671b_in_fp8_with_room_to_spare():
     model, sizes = released()
     room = dict.fromkeys(range(8), "141GB")
@@ -86,7 +78,6 @@ def test_8_gpus_of_141_gb_hold_671b_in_fp8_with_room_to_spare():
     assert sum(used.values()) == 688_574_839_360 - 2 * 129280 * 7168 * 2  # MTP's copies are not held
     assert max(used.values()) < 100 * GB
     assert len(used) == 8
-
 
 @pytest.mark.parametrize("room", [{0: "80GB", "cpu": "700GB"}, {0: "24GB", 1: "80GB", "cpu": "640GB"}])
 def test_what_gpus_cannot_hold_goes_to_the_cpu(room):
@@ -97,36 +88,32 @@ def test_what_gpus_cannot_hold_goes_to_the_cpu(room):
         held = used[deepseek_v3.parse_device(device)]
         assert held < deepseek_v3.parse_size("room", size)
 
-
 @pytest.fixture(autouse=True)
 def eight_gpus(monkeypatch):
     """Placing needs no GPU, only their number."""
     if not torch.cuda.is_available():
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
 
-
 # ---- A dict of prefixes ----
-
 
 def devices(model):
     return {name: str(p.device) for name, p in model.named_parameters()}
 
-
-def test_the_longest_prefix_at_a_dot_counts(tmp_path):
-    build(num_hidden_layers=12).save_pretrained(tmp_path)
+@pytest.mark.parametrize("quantize", [None, "fp8"])
+def test_the_longest_prefix_at_a_dot_counts(tmp_path, quantize):
+    build(num_hidden_layers=12).save_pretrained(tmp_path, quantize=quantize)
     placed = devices(load(tmp_path, device_map={"": "cpu", "model.layers.1": "meta", "lm_head": "meta"}))
     on_meta = {name for name, device in placed.items() if device == "meta"}
     assert on_meta == {name for name in placed if name.startswith(("model.layers.1.", "lm_head."))}
 
-
+@pytest.mark.parametrize("quantize", [None, "fp8"])
 @pytest.mark.parametrize("device_map", ["meta", torch.device("meta"), {"": "meta"}])
-def test_one_device_takes_parameters_and_router_biases(tmp_path, device_map):
-    build().save_pretrained(tmp_path)
+def test_one_device_takes_parameters_and_router_biases(tmp_path, device_map, quantize):
+    build().save_pretrained(tmp_path, quantize=quantize)
     model = load(tmp_path, device_map=device_map)
     assert set(devices(model).values()) == {"meta"}
     assert {str(b.device) for n, b in model.named_buffers() if "bias" in n} == {"meta"}
     assert model.device.type == "meta"
-
 
 @pytest.mark.parametrize(
     ("device_map", "named"),
@@ -145,15 +132,12 @@ def test_a_map_that_cannot_work_is_named(tmp_path, device_map, named):
     with pytest.raises(ValueError, match=named):
         load(tmp_path, device_map=device_map)
 
-
 def test_memory_that_is_no_device_is_named(tmp_path):
     build().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="disk is no device"):
         load(tmp_path, device_map="auto", max_memory={"cpu": "1KB", "disk": "1TB"})
 
-
 # ---- Hops, on devices that need not exist ----
-
 
 def spread_over(model, places):
     """Move parts of a model made of fake tensors."""
@@ -166,13 +150,10 @@ def spread_over(model, places):
                     tensors[name] = torch.nn.Parameter(moved) if is_parameter else moved
     return model
 
-
 # In fake mode a tensor on "meta" may come back, and mixing the two devices is refused.
 PLACES = {"model.layers.1": "meta", "model.layers.3": "meta", "model.norm": "meta"}
 
-
 MORE_PLACES = PLACES | {"model.layers.2": "meta", "model.norm": "cpu", "lm_head": "meta"}
-
 
 @pytest.mark.parametrize("places", [PLACES, MORE_PLACES])
 def test_every_hop_is_made_and_the_answer_comes_home(places, monkeypatch):
@@ -191,7 +172,6 @@ def test_every_hop_is_made_and_the_answer_comes_home(places, monkeypatch):
         assert [str(cache.layers[i].device) for i in range(3)] == expected
         chunk = model(inputs_embeds=embeds[:, :2], past_key_values=cache)  # which has a mask that hops
         assert str(chunk.logits.device) == "cpu"
-
 
 def test_every_tensor_is_made_where_its_inputs_are():
     """Masks, positions, loss and draws of a model that lies elsewhere as a whole."""
@@ -213,7 +193,6 @@ def test_every_tensor_is_made_where_its_inputs_are():
         for tensor in (loss, out.logits, probs, *found, last):
             assert tensor.device.type == "meta"
 
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("quantize", [None, "fp8"])
 @pytest.mark.parametrize(
@@ -234,7 +213,6 @@ def test_cpu_and_gpu_together_compute_the_same(tmp_path, device_map, quantize):
     drafted = split.generate(here, max_new_tokens=8, use_mtp=True, eos_token_id=-1)
     assert drafted.shape == (2, 15) and drafted.device == here.device
 
-
 def test_a_decoding_step_on_a_gpu_never_asks_for_a_number(monkeypatch):
     """Fake tensors have none to give: each .item(), .tolist(), nonzero() or such would be an error."""
     monkeypatch.setattr(Experts, "one_by_one", Experts.all_at_once)  # what a GPU takes
@@ -251,7 +229,6 @@ def test_a_decoding_step_on_a_gpu_never_asks_for_a_number(monkeypatch):
         monkeypatch.undo()
         with pytest.raises(DynamicOutputShapeException):  # as the loop over experts does
             model(ids[:, :1], past_key_values=cache)
-
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @torch.no_grad()

@@ -23,7 +23,6 @@ SOURCE = Path(deepseek_v3.__file__).read_text(encoding="utf-8")
 LENGTHS = (1, 7, 3, 5)  # of the prompts in a batch
 NEW = 20
 
-
 @pytest.fixture(scope="module")
 def trained():
     """A model of 3 MTP modules that has learnt a little: drafts are accepted, but not all."""
@@ -39,7 +38,6 @@ def trained():
         model.update_router_bias(0.01)
     return model.eval()
 
-
 def walks(following, B, T, random):
     """Rows in which either of two tokens follows each, mostly the first of them."""
     ids = [torch.randint(61, (B,), generator=random)]
@@ -48,18 +46,15 @@ def walks(following, B, T, random):
         ids.append(following[ids[-1], choice])
     return torch.stack(ids, 1)
 
-
 def prompts(side):
     """Ids and mask of four padded prompts, or of one alone."""
     lengths = LENGTHS if side != "one row" else (5,)
     return pad([tokens(1, n, seed=n)[0] for n in lengths], side)
 
-
 @functools.cache
 def endless(model, *row):
     """The NEW greedy tokens behind a row."""
     return greedy(model, torch.tensor(row), NEW)[len(row) :].tolist()
-
 
 def expected(model, ids, mask, new, stops=()):
     """The result of generate for padded prompts, row by row without a cache."""
@@ -70,9 +65,7 @@ def expected(model, ids, mask, new, stops=()):
         gained.append(torch.tensor(row[: min(ends, default=new)]))
     return torch.cat([ids, pad(gained, "right", stops[0] if stops else 0)[0]], 1)
 
-
 # ---- Greedy ---------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("modules, layers, side", [(1, 1, "left"), (2, 2, "one row"), (3, 1, "right")])
 def test_greedy_tokens_of_random_weights(modules, layers, side):
@@ -84,9 +77,7 @@ def test_greedy_tokens_of_random_weights(modules, layers, side):
         draft = dict(use_mtp=True, num_draft_tokens=K, eos_token_id=stops, max_new_tokens=NEW)
         assert torch.equal(model.generate(ids, mask, **draft), right), K
 
-
 TRAINED = [(1, "left"), (2, "right"), (3, "one row"), (4, "left"), (6, "right")]
-
 
 @pytest.mark.parametrize("K, side", TRAINED)
 def test_greedy_tokens_of_trained_weights(trained, K, side):
@@ -98,7 +89,6 @@ def test_greedy_tokens_of_trained_weights(trained, K, side):
     accepted = [n for _, n in steps]
     assert sum(accepted) / len(accepted) > 0.25 and min(accepted) < K, "or this test sees nothing"
     assert max(accepted) == min(K, 3) if K <= 3 else max(accepted) > 3
-
 
 @pytest.mark.parametrize("K", [3, 6])
 def test_the_end_of_a_text_inside_a_draft(trained, K):
@@ -114,7 +104,6 @@ def test_the_end_of_a_text_inside_a_draft(trained, K):
         inside += sum(n + 1 for _, n in steps) + len(ids) - int(gained) > 0
     assert inside, "no text ended before the last accepted draft"
 
-
 @pytest.mark.parametrize("K, new", [(1, 0), (4, 1), (1, 2), (4, 3), (4, 7)])
 def test_exactly_as_many_tokens_as_asked(trained, new, K):
     """Nothing random is drawn for them, and the mask that was given is left alone."""
@@ -126,9 +115,7 @@ def test_exactly_as_many_tokens_as_asked(trained, new, K):
     assert torch.equal(out, trained.generate(ids, mask, max_new_tokens=new, eos_token_id=-1))
     assert torch.equal(given, mask.bool()) and torch.equal(random.get_state(), before)
 
-
 # ---- Caches ---------------------------------------------------------------------------------------
-
 
 def fresh_drafts(model, known, drafts):
     """Logits of each draft behind known tokens (n + 1), without any cache, from the definition."""
@@ -145,7 +132,6 @@ def fresh_drafts(model, known, drafts):
         logits.append(model.lm_head(hidden[0, -1]))
     return torch.stack(logits)
 
-
 def fresh_latents(model, known):
     """What each depth's cache should hold of known tokens (n + 1): one (rows, C + R) a module."""
     main, hidden, latents = model.model, model.model(known[None, :-1]).last_hidden_state, []
@@ -159,9 +145,7 @@ def fresh_latents(model, known):
         latents.append(cache.layers[0][0, : hidden.shape[1]])
     return latents
 
-
 DRAFTS = [(1, 1, "left"), (1, 4, "one row"), (3, 2, "right"), (3, 3, "left"), (3, 6, "right")]
-
 
 @pytest.mark.parametrize("modules, K, side", DRAFTS)
 def test_caches_are_what_a_fresh_pass_makes(trained, modules, K, side, monkeypatch):
@@ -208,7 +192,6 @@ def test_caches_are_what_a_fresh_pass_makes(trained, modules, K, side, monkeypat
                 right = latent.reshape(-1, held.shape[-1])
                 torch.testing.assert_close(held[b, real[b]], right, rtol=1e-3, atol=1e-4)
 
-
 def test_holes_are_bounded_by_the_best_row_and_statistics_count_rows_and_steps(trained, monkeypatch):
     """A step takes as many slots as its best row gains tokens."""
     lengths, draft = [], Drafter.draft
@@ -229,7 +212,6 @@ def test_holes_are_bounded_by_the_best_row_and_statistics_count_rows_and_steps(t
     # All but a row's first token, its last if that was not drafted for, and what stood past the end.
     assert 28 * len(ids) <= gained <= (29 + 3) * len(ids)
 
-
 # ---- Sampling -------------------------------------------------------------------------------------
 
 VOCAB, ROWS, DEEP = 11, 12000, 3
@@ -241,7 +223,6 @@ FILTERS = {
     "all": dict(top_k=7, top_p=0.9, min_p=0.1, temperature=1.3),
 }
 
-
 def small(module=deepseek_v3, modules=1):
     """A model of 11 tokens whose MTP modules disagree with it, but not wholly."""
     sizes = dict(vocab_size=VOCAB, num_hidden_layers=1, num_nextn_predict_layers=modules)
@@ -251,7 +232,6 @@ def small(module=deepseek_v3, modules=1):
     changed = module.DeepseekV3ForCausalLM(module.DeepseekV3Config(**vars(model.config)))
     changed.load_state_dict(model.state_dict())
     return changed.eval()
-
 
 def exact_joint(model, prompt, filters):
     """P of each continuation by DEEP tokens, (VOCAB ** DEEP), filters written out anew."""
@@ -264,7 +244,6 @@ def exact_joint(model, prompt, filters):
         following = torch.arange(VOCAB).repeat(len(ends))[:, None]
         ends = torch.cat([ends.repeat_interleave(VOCAB, 0), following], 1)
     return joint
-
 
 def surprise(model, filters, K, rows=ROWS, prompt=(3, 1, 4)):
     """Chi-square of sampled continuations in standard deviations above its mean; inf if impossible."""
@@ -286,17 +265,13 @@ def surprise(model, filters, K, rows=ROWS, prompt=(3, 1, 4)):
     freedom = len(right) - 1
     return float(((seen - right) ** 2 / right).sum() - freedom) / math.sqrt(2 * freedom)
 
-
 LIMIT = 4.0  # standard deviations; one test in thousands of right ones is above
 
-
 DRAWN = [(1, 1, "temperature"), (1, 2, "top-k"), (2, 2, "top-p"), (1, 1, "min-p"), (1, 2, "all"), (2, 2, "all")]
-
 
 @pytest.mark.parametrize("modules, K, name", DRAWN)
 def test_sampled_tokens_have_the_main_models_joint_distribution(name, modules, K):
     assert surprise(small(modules=modules), FILTERS[name], K) < LIMIT
-
 
 MUTATIONS = {
     "every draft is accepted": ("(chance * q_x < p_x)", "(chance * q_x <= q_x)"),
@@ -322,7 +297,6 @@ MUTATIONS = {
     ),
 }
 
-
 def changed_module(old, new, path):
     """deepseek_v3 with one piece of its source replaced."""
     assert SOURCE.count(old) == 1, f"{SOURCE.count(old)} times in the source: {old}"
@@ -336,16 +310,13 @@ def changed_module(old, new, path):
         del sys.modules[path.stem]
     return module
 
-
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_each_shortcut_is_noticed(name, tmp_path):
     module = changed_module(*MUTATIONS[name], tmp_path / "shortcut.py")
     rows = ROWS if name == "drafts are drawn without filters" else ROWS // 3  # the subtlest
     assert surprise(small(module), FILTERS["all"], 1, rows) > 2 * LIMIT
 
-
 # ---- Streaming, statistics, errors ----------------------------------------------------------------
-
 
 @pytest.mark.parametrize("use_mtp, side", [(False, "left"), (True, "left"), (True, "one row")])
 def test_columns_are_streamed_in_order(trained, use_mtp, side):
@@ -357,7 +328,6 @@ def test_columns_are_streamed_in_order(trained, use_mtp, side):
     assert all(column.shape == (len(ids),) for column in seen)
     assert torch.equal(torch.stack(seen, 1), out[:, ids.shape[1] :])
 
-
 def test_a_single_row_streams_each_token_once_it_is_accepted(trained, monkeypatch):
     events, draft = [], Drafter.draft
     steps = []
@@ -367,7 +337,6 @@ def test_a_single_row_streams_each_token_once_it_is_accepted(trained, monkeypatc
     assert events[:2] == ["token", "draft"]
     gained = [len(part.split()) for part in " ".join(events).split("draft")[1:]]
     assert gained[: len(steps)] == [n + 1 for _, n in steps][: len(gained) - 1] + gained[-1:]
-
 
 def test_what_drafting_needs_is_named(trained):
     with pytest.raises(ValueError, match="use_mtp=True"):

@@ -55,7 +55,6 @@ def kill_at(changes):
     sys.addaudithook(hook)
 """
 
-
 def run(script, *args):
     """What a script prints last, as JSON; and what it says on stderr."""
     environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
@@ -63,7 +62,6 @@ def run(script, *args):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
-
 
 CONFIG = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, q_lora_rank=None, kv_lora_rank=8)
 CONFIG |= dict(qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4, intermediate_size=16, n_group=1, topk_group=1)
@@ -98,7 +96,6 @@ said = [(folder / "killed.log").read_text()[-2000:], forked(full), (folder / "fu
 print(json.dumps([steps, status, lines("killed") == lines("whole"), *said]))
 """
 
-
 def test_a_run_killed_again_and_again_ends_like_one_that_was_not(tmp_path):
     """At moments when a file is written, renamed or removed; up to twelve times."""
     (tmp_path / "text.txt").write_text("".join(f"line {i} of {i * i}, and so on\n" for i in range(300)))
@@ -108,7 +105,6 @@ def test_a_run_killed_again_and_again_ends_like_one_that_was_not(tmp_path):
     assert steps == sorted(steps) and len(steps) > 6 and len(set(steps)) > 4, steps
     assert full == 2 and "Traceback" not in said and said.splitlines()[-1].startswith("deepseek_v3.py:"), said
     assert ".tmp: cannot be written, older states are kept" in said and not list(tmp_path.glob("full/states/*"))
-
 
 def test_ctrl_c_ends_generation_with_the_line(tmp_path):
     (tmp_path / "text.txt").write_text("some text, some more text\n" * 99)
@@ -124,7 +120,6 @@ def test_ctrl_c_ends_generation_with_the_line(tmp_path):
     rest, errors = running.communicate(timeout=30)
     assert running.returncode == 130 and begun.startswith(b"so")
     assert not errors and rest.endswith(b"\n") and not rest.endswith(b"\n\n")
-
 
 @pytest.mark.parametrize("interrupted", [True, False])
 def test_generate_gives_each_module_its_own_mode_back(interrupted):

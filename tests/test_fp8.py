@@ -18,10 +18,8 @@ E4M3 = torch.float8_e4m3fn
 # One block, the released 576 rows, what transformers mis-scales, one more and one less than a block.
 SHAPES = [(128, 128), (576, 256), (192, 448), (129, 127), (1, 1), (5, 300)]
 
-
 def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
 
 def fp8_folder(tmp_path, **options):
     """A model and the folder of its FP8 checkpoint."""
@@ -29,13 +27,10 @@ def fp8_folder(tmp_path, **options):
     model.save_pretrained(tmp_path / "fp8", quantize="fp8", **options)
     return model, tmp_path / "fp8"
 
-
 def tensors_of(model):
     return [*model.named_parameters(), *model.named_buffers()]
 
-
 # ---- Blocks ----
-
 
 def block_by_block(weight, scale, dtype):
     """What dequantise is to give, by its description."""
@@ -46,7 +41,6 @@ def block_by_block(weight, scale, dtype):
             full[block] = (weight[block].float() * scale[..., i : i + 1, j : j + 1]).to(dtype)
     return full
 
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, (576, 7168), (3, 192, 448), (2, 3, 130, 5)], ids=str)
 def test_each_number_is_multiplied_by_the_scale_of_its_block(shape, dtype):
@@ -56,7 +50,6 @@ def test_each_number_is_multiplied_by_the_scale_of_its_block(shape, dtype):
     found = dequantise(weight, scale, dtype)
     assert found.dtype == dtype and torch.equal(found, block_by_block(weight, scale, dtype))
     assert torch.equal(weight.view(torch.uint8), before[0]) and torch.equal(scale, before[1])
-
 
 @pytest.mark.parametrize(("shape", "rows"), [*((s, 128) for s in SHAPES), ((129, 127), 1), ((5, 300), 1)])
 def test_the_largest_number_of_each_block_becomes_448(shape, rows):
@@ -76,14 +69,12 @@ def test_the_largest_number_of_each_block_becomes_448(shape, rows):
             assert ((rounded - weight[block]).abs() <= weight[block].abs() / 16 + found * 2**-10).all()
             torch.testing.assert_close(through_fp8(weight, rows)[block], rounded)
 
-
 def test_a_block_of_zeros_has_scale_one():
     weight = torch.zeros(130, 130)
     weight[129, 129] = 7.0
     codes, scale = quantise(weight)
     assert scale.tolist() == [[1, 1], [1, 7 / 448]]
     assert torch.equal(dequantise(codes, scale, torch.float32), weight)
-
 
 def test_quantising_what_was_dequantised_is_exact():
     """Of a stack, as of each weight in it."""
@@ -92,7 +83,6 @@ def test_quantising_what_was_dequantised_is_exact():
     again, scale_again = quantise(dequantise(codes[1], scale[1], torch.float32))
     torch.testing.assert_close(scale_again, scale[1])
     assert torch.equal(again.view(torch.uint8), codes[1].view(torch.uint8))
-
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("bias", [False, True])
@@ -108,7 +98,6 @@ def test_a_layer_in_fp8_answers_in_the_dtype_of_its_input(dtype, bias):
     full = dequantise(codes, scale, dtype)
     assert full.dtype == layer(x).dtype == dtype
     assert torch.equal(layer(x), F.linear(x, full, layer.bias))
-
 
 def test_each_expert_in_fp8_has_its_own_scales():
     config = DeepseekV3Config.tiny(
@@ -128,9 +117,7 @@ def test_each_expert_in_fp8_has_its_own_scales():
     visits = random(1, 9, 140, seed=9), indices, torch.ones(1, 9, 1)
     torch.testing.assert_close(experts(*visits), plain(*visits))
 
-
 # ---- Reading ----
-
 
 def test_reads_what_torch_reads(tmp_path):
     """torch.distributed's reader, which knows these blocks too, is the oracle for every matrix."""
@@ -147,7 +134,6 @@ def test_reads_what_torch_reads(tmp_path):
     for name, parameter in saved.named_parameters():
         torch.testing.assert_close(model.get_parameter(name), parameter.float(), rtol=1 / 16, atol=1e-3)
 
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_fp8_kept_and_fp8_dequantised_compute_the_same(tmp_path, dtype):
     _, folder = fp8_folder(tmp_path)
@@ -162,7 +148,6 @@ def test_fp8_kept_and_fp8_dequantised_compute_the_same(tmp_path, dtype):
         error = (mine.float() - other.float()).norm() / other.float().norm()
         assert error < (1e-6 if dtype == torch.bfloat16 else 0.1)
 
-
 def test_dtype_none_keeps_fp8_for_the_matrices_and_nothing_else(tmp_path):
     _, folder = fp8_folder(tmp_path)
     model = DeepseekV3ForCausalLM.from_pretrained(folder)
@@ -175,7 +160,6 @@ def test_dtype_none_keeps_fp8_for_the_matrices_and_nothing_else(tmp_path):
     assert model.dtype == torch.bfloat16
     assert {b.dtype for b in router_biases(model)} == {torch.float32}
     assert not any(p.requires_grad for p in model.parameters() if p.dtype == E4M3)
-
 
 @pytest.mark.parametrize("options", [{}, {"dtype": torch.float32}], ids=str)
 def test_torchs_default_dtype_changes_nothing_that_is_loaded(tmp_path, options):
@@ -196,7 +180,6 @@ def test_torchs_default_dtype_changes_nothing_that_is_loaded(tmp_path, options):
     assert torch.equal(model(tokens(1, 5)).logits, plain(tokens(1, 5)).logits)
     assert torch.equal(fresh.model.rotary_emb.inv_freq, plain.model.rotary_emb.inv_freq)
 
-
 def test_scales_are_numbers_whatever_the_config_calls_them(tmp_path):
     """V3.1 says ue8m0, stores float32, and not all of it powers of two."""
     _, folder = fp8_folder(tmp_path)
@@ -210,7 +193,6 @@ def test_scales_are_numbers_whatever_the_config_calls_them(tmp_path):
     again = json.loads((tmp_path / "again" / "config.json").read_text())
     assert again["quantization_config"] == V31["quantization_config"]
 
-
 def test_a_model_in_fp8_is_not_cast_without_its_scales(tmp_path):
     model = DeepseekV3ForCausalLM.from_pretrained(fp8_folder(tmp_path)[1])
     with pytest.raises(ValueError, match="dtype="):
@@ -219,9 +201,7 @@ def test_a_model_in_fp8_is_not_cast_without_its_scales(tmp_path):
         model.float()
     assert model.to("cpu") is model
 
-
 # ---- Writing ----
-
 
 def test_what_is_kept_in_fp8_is_written_bit_for_bit(tmp_path):
     _, folder = fp8_folder(tmp_path)
@@ -230,7 +210,6 @@ def test_what_is_kept_in_fp8_is_written_bit_for_bit(tmp_path):
     assert before.keys() == after.keys()
     for name in before:
         assert torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8)), name
-
 
 def test_exactly_the_released_matrices_are_quantised(tmp_path):
     """Named from the released list: it has all kinds of layers, MTP too; and no biases."""
@@ -242,18 +221,14 @@ def test_exactly_the_released_matrices_are_quantised(tmp_path):
         assert tensor.dtype == names["BF16" if name.endswith(".bias") else released[like]], name
     assert json.loads((tmp_path / "config.json").read_text())["quantization_config"] == FP8
 
-
-def test_what_was_dequantised_is_written_plainly_and_transformers_reads_it(tmp_path):
-    transformers = pytest.importorskip("transformers")
+def test_what_was_dequantised_is_written_plainly(tmp_path):
     _, folder = fp8_folder(tmp_path)
     model = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.save_pretrained(tmp_path / "plain")
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
     assert not any(name.endswith("_scale_inv") for name in read(tmp_path / "plain"))
-    theirs = transformers.DeepseekV3ForCausalLM.from_pretrained(tmp_path / "plain")
-    ids = tokens(1, 7)
-    torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
-
+    again = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "plain")
+    assert torch.equal(model(tokens(1, 7)).logits, again(tokens(1, 7)).logits)
 
 def test_one_expert_is_a_stack_too(tmp_path):
     model = ragged(n_routed_experts=1, n_group=1, topk_group=1, num_experts_per_tok=1)
@@ -262,9 +237,7 @@ def test_one_expert_is_a_stack_too(tmp_path):
     again = DeepseekV3ForCausalLM.from_pretrained(tmp_path)
     assert again.model.layers[1].mlp.experts.up_proj.shape == (1, 144, 136)
 
-
 # ---- Products in simulated FP8, of the experiments ----
-
 
 def test_a_map_in_simulated_fp8_rounds_what_goes_into_its_three_products():
     layer, x, gradient = FP8Linear(200, 130), random(5, 200, seed=1).requires_grad_(), random(5, 130, seed=2)
@@ -274,7 +247,6 @@ def test_a_map_in_simulated_fp8_rounds_what_goes_into_its_three_products():
     torch.testing.assert_close(out, inputs @ weight.T)
     torch.testing.assert_close(x.grad, gradient @ weight)
     torch.testing.assert_close(layer.weight.grad, gradient.T @ inputs)
-
 
 def test_experts_in_simulated_fp8_are_such_maps():
     experts, gradient = FP8Experts(tiny()), random(2, 6, 32, seed=3)
@@ -300,7 +272,6 @@ def test_experts_in_simulated_fp8_are_such_maps():
     gradients = (torch.autograd.grad(out, inputs, gradient) for out in (found, expected))
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-
 
 def test_a_model_in_simulated_fp8_moves_a_little_and_keeps_its_parameters():
     plain, rounded = (build(initializer_range=0.02).train() for _ in range(2))

@@ -22,7 +22,6 @@ CASES = {"config": 220, "index": 150, "header": 250, "bytes": 100}
 SECONDS_A_CASE, MEMORY = 10, 12 << 30  # of address space: a wish for more is an error at once
 INDEX, SHARD = "model.safetensors.index.json", "model-00001-of-000002.safetensors"
 
-
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     """{kind: how often each outcome came, and the first of those that must not come}."""
@@ -31,7 +30,6 @@ def report(tmp_path_factory):
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
 
-
 @pytest.mark.parametrize("kind", CASES)
 def test_a_mutated_checkpoint_is_refused_or_loads_whole(report, kind):
     counts, wrong = report[kind]
@@ -39,7 +37,6 @@ def test_a_mutated_checkpoint_is_refused_or_loads_whole(report, kind):
     assert sum(counts.values()) == CASES[kind]
     # Else the mutations would be too wild, or too tame, to get anywhere.
     assert counts["ValueError"] > 0.2 * CASES[kind] and counts["loaded"] > 0.03 * CASES[kind], counts
-
 
 # ---- Mutations ----
 
@@ -51,12 +48,10 @@ STRINGS += ["a.safetensors\0", "y" * 300 + ".safetensors", SHARD, "config.json",
 STRINGS += ["model.norm.weight", "model.layers.999999999.x", "__metadata__", "weight_map", "fp8", "rope_parameters"]
 OTHERS = [None, True, False, [], {}, [[]], [0], [1, 2], ["F32"], {"": None}, {"F32": None}, ["F32", [1], [0, 4]]]
 
-
 def nested(depth, inside=0):
     for level in range(depth):
         inside = [inside] if level % 3 else {"a": inside}
     return inside
-
 
 def anything(rng):
     """A value that few would expect."""
@@ -71,7 +66,6 @@ def anything(rng):
         return copy.deepcopy(rng.choice(OTHERS))  # which the next change may be to
     return nested(rng.choice([2, 30, 90, 110, *range(300, 1000, 13), 5000]))
 
-
 def places(value):
     """Every dict and list inside a value, itself included."""
     found = [value]
@@ -79,7 +73,6 @@ def places(value):
         inner = here.values() if isinstance(here, dict) else here if isinstance(here, list) else []
         found += [each for each in inner if isinstance(each, dict | list)]
     return found if isinstance(value, dict | list) else []
-
 
 def mutate_json(content, rng):
     """Change a value, a key or the order somewhere inside, or put something else for all of it."""
@@ -105,10 +98,8 @@ def mutate_json(content, rng):
                 here[rng.choice(STRINGS)] = here.pop(key)
     return content
 
-
 KEYS = ["rope_parameters", "num_mtp_layers", "id2label", "quantization_config", "self", "cls", "moe_layer_freq"]
 KEYS += ["auto_map", "directory", "rope_scaling", "hidden_size", "n_routed_experts", "num_hidden_layers", "config"]
-
 
 def mutate_bytes(data, rng):
     data = bytearray(data)
@@ -120,14 +111,12 @@ def mutate_bytes(data, rng):
         data[at : at + rng.choice([0, n])] = new
     return bytes(data[: rng.randrange(len(data) + 1)] if rng.random() < 0.1 else data)
 
-
 def dumped(value):
     """As JSON; deeper than Python's own writer goes, if need be."""
     try:
         return json.dumps(value)
     except RecursionError:
         return "[" * 5000 + "]" * 5000
-
 
 def mutate_header(data, rng):
     """A safetensors file with another header, whose length is right but for now and then."""
@@ -139,7 +128,6 @@ def mutate_header(data, rng):
         length = rng.choice([0, 1, length - 1, length + 8, 2**31, 2**63, 2**64 - 1, 10**8, 99 * 10**6])
     return length.to_bytes(8, "little") + header + data[8 + size :]
 
-
 def mutate(kind, data, rng):
     if kind == "header":
         return mutate_header(data, rng)
@@ -148,11 +136,9 @@ def mutate(kind, data, rng):
     text = dumped(mutate_json(json.loads(data), rng))
     return text.encode("utf-8", "surrogatepass")
 
-
 # ---- The process that loads them ----
 
 NEVER = ("exec", "compile", "pickle.", "socket.", "subprocess.", "os.system", "os.exec", "ctypes.dlopen", "import")
-
 
 class Watch:
     """What happens inside a case that must not: files opened outside its folder, code, the network."""
@@ -173,7 +159,6 @@ class Watch:
         if not inside and not str(path).endswith((".py", ".pyc")):  # of tracebacks
             self.seen.append(f"opens {path}")
 
-
 def outcome(load, watch):
     """How a load ends, and a complaint if it must not end so."""
     watch.seen, watch.on = [], True
@@ -192,7 +177,6 @@ def outcome(load, watch):
     signal.alarm(0)
     return name, complaint or ("; ".join(watch.seen) or None)
 
-
 def checkpoints(root):
     """Two tiny good ones, in one file and in two with FP8 and MTP; and a decoy beside them."""
     from helpers import build
@@ -208,7 +192,6 @@ def checkpoints(root):
     (root / "decoy" / "model.safetensors").rename(root / "outside.safetensors")
     return root / "one", root / "two"
 
-
 def victim(kind, one, two, rng):
     """The folder and the file that a case of a kind spoils."""
     folder = two if kind == "index" else rng.choice([one, two])
@@ -217,7 +200,6 @@ def victim(kind, one, two, rng):
     if kind == "config":
         return folder, folder / "config.json"
     return folder, rng.choice(sorted(folder.glob("*.safetensors")))
-
 
 def main(root, cases):
     root = Path(root).resolve()
@@ -247,7 +229,6 @@ def main(root, cases):
                 wrong.append(f"{file.name}: {bad[:300]!r}\n{complaint}"[-1500:])
         result[kind] = counts, wrong
     print(json.dumps(result))
-
 
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]

@@ -10,14 +10,11 @@ from helpers import build, filtered, greedy, pad, tokens
 
 from deepseek_v3 import DeepseekV3Config, Sampling, stop_ids
 
-
 @pytest.fixture(scope="module")
 def model():
     return build(dtype=torch.float64, eos_token_id=None)
 
-
 # ---- Greedy ----
-
 
 def test_greedy_is_argmax_without_a_cache(model):
     """And asks for no random number, whatever the settings of sampling are; of nothing, it is the prompt."""
@@ -30,7 +27,6 @@ def test_greedy_is_argmax_without_a_cache(model):
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(model.generate(ids, max_new_tokens=0), ids)
 
-
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_prompts_continue_like_single_rows(model, side):
     rows = [tokens(7), tokens(4, seed=2), tokens(2, seed=4), tokens(1, seed=3)]
@@ -42,9 +38,7 @@ def test_padded_prompts_continue_like_single_rows(model, side):
         assert torch.equal(continued[7:], alone[len(row) :])
         assert torch.equal(model.generate(row[None], max_new_tokens=8)[0], alone)
 
-
 # ---- Sampling ----
-
 
 @pytest.mark.parametrize("use_mtp", [False, True])
 def test_a_seed_repeats_and_a_generator_leaves_the_global_state_alone(model, use_mtp):
@@ -59,7 +53,6 @@ def test_a_seed_repeats_and_a_generator_leaves_the_global_state_alone(model, use
     runs = [(torch.manual_seed(7), draw())[1] for _ in range(2)]
     assert torch.equal(*runs)
 
-
 @pytest.mark.parametrize(
     "narrow", [{"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}, {"temperature": 1e-6}], ids=str
 )
@@ -68,9 +61,7 @@ def test_sampling_from_one_token_is_greedy(model, narrow):
     sampled = model.generate(ids, max_new_tokens=8, do_sample=True, **narrow)
     assert torch.equal(sampled, model.generate(ids, max_new_tokens=8))
 
-
 ALL_FILTERS = {"temperature": 1.5, "top_k": 12, "top_p": 0.9, "min_p": 0.15}
-
 
 @pytest.mark.parametrize("settings", [{"top_k": 1000}, {"top_p": 0.6}, {"min_p": 0.2}, ALL_FILTERS], ids=str)
 def test_the_distribution_keeps_the_right_set_and_sums_to_one(settings):
@@ -79,7 +70,6 @@ def test_the_distribution_keeps_the_right_set_and_sums_to_one(settings):
     torch.testing.assert_close(probs.sum(-1), torch.ones(4, 5))
     for row, found in zip(logits.view(-1, 20), probs.view(-1, 20), strict=True):
         assert found.tolist() == pytest.approx(filtered(row, **settings).tolist(), abs=1e-6)
-
 
 @pytest.mark.parametrize(
     ("settings", "logits", "probabilities"),
@@ -97,20 +87,17 @@ def test_of_equals_no_more_are_kept_than_needed(settings, logits, probabilities)
     assert probs.sort().values.tolist() == pytest.approx(probabilities)
     assert (probs[torch.tensor(logits) == -math.inf] == 0).all()
 
-
 def test_probabilities_of_a_bfloat16_model_are_float32():
     logits = torch.randn(50, generator=torch.Generator().manual_seed(0)).bfloat16()
     probs = Sampling(do_sample=True).distribution(logits)
     assert probs.dtype == torch.float32
     torch.testing.assert_close(probs.sum(), torch.ones(()))
 
-
 P_Q = [  # p of two drafts and the token behind, q of the drafts: of three tokens
     [[[0.1, 0.2, 0.7], [0.5, 0.5, 0.0], [0.2, 0.8, 0.0]], [[0.1, 0.2, 0.7], [1.0, 0.0, 0.0]]],
     [[[0.6, 0.1, 0.3], [0.0, 0.0, 1.0], [0.0, 1.0, 0.0]], [[0.2, 0.5, 0.3], [0.0, 0.0, 1.0]]],
     [[[0.0, 1.0, 0.0], [0.3, 0.3, 0.4], [1.0, 0.0, 0.0]], [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]],
 ]
-
 
 def test_drafts_stand_and_fall_by_row():
     """p > q: stands for sure. p = 0: falls, and the token comes from what p has more of than q."""
@@ -128,7 +115,6 @@ def test_drafts_stand_and_fall_by_row():
     assert set(seen[1]) == {(2, 1)}  # p is at least q twice: both stand, the third is drawn from p
     assert set(seen[2]) == {(0, 1)}  # p = 0: the first falls, and so does what stands behind it
 
-
 def test_a_residual_of_nothing_is_p_row_by_row():
     """Where p and q are the same but for the draft's rounding, p itself is drawn from."""
     p = torch.tensor([[[0.0, 1.0], [0.5, 0.5]], [[0.0, 1.0], [0.5, 0.5]], [[0.0, 0.5], [0.0, 1.0]]])
@@ -138,9 +124,7 @@ def test_a_residual_of_nothing_is_p_row_by_row():
     assert accepted.tolist() == [0, 0, 0]
     assert token.tolist() == [1, 1, 1]
 
-
 # ---- Stopping ----
-
 
 @pytest.mark.parametrize(
     ("config", "argument", "stops"),
@@ -162,9 +146,7 @@ def test_what_ends_a_text(config, argument, stops):
     assert found == stops
     assert type(found) is list
 
-
 CASES = [("config", 1, None), ("argument", 2, None), ("config", 2, 60)]
-
 
 @pytest.mark.parametrize(("given", "how_many", "pad_id"), CASES)
 def test_rows_stop_at_their_end_and_are_padded_behind_it(given, how_many, pad_id):
@@ -180,9 +162,7 @@ def test_rows_stop_at_their_end_and_are_padded_behind_it(given, how_many, pad_id
     alone = model.generate(ids[:1], max_new_tokens=10, eos_token_id=eos)
     assert torch.equal(alone, rows[0][None])  # generation ends when every row has
 
-
 # ---- Around it ----
-
 
 @pytest.mark.parametrize(("broken", "use_mtp"), [(True, False), (False, True)])
 def test_each_module_has_its_own_training_mode_as_before(broken, use_mtp):
@@ -206,19 +186,16 @@ def test_each_module_has_its_own_training_mode_as_before(broken, use_mtp):
     assert [module.training for module in model.modules()] == before
     assert all(parameter.grad is None for parameter in model.parameters())
 
-
 VALUES = [("temperature", value, "above 0; greedy is do_sample=False") for value in (0, -1.0, math.nan)]
 VALUES += [("top_p", value, "in (0, 1]") for value in (0.0, 1.1, math.nan)]
 VALUES += [("min_p", value, "in [0, 1]") for value in (-0.1, 1.5)]
 VALUES += [("top_k", -1, "0 (off) or more"), ("max_new_tokens", -1, "a whole number, 0 or more")]
-
 
 @pytest.mark.parametrize(("name", "value", "right"), VALUES)
 def test_an_error_says_what_would_be_right(model, name, value, right):
     for do_sample in (True, False):
         with pytest.raises(ValueError, match=re.escape(f"{name}={value}: must be {right}")):
             model.generate(tokens(1, 4), do_sample=do_sample, **{name: value})
-
 
 @pytest.mark.parametrize("settings", [{}, {"top_k": 1}, {"min_p": 0.0}, {"min_p": 1.0}, {"top_p": 1.0}])
 def test_the_last_value_that_works_is_taken(settings):

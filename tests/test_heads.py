@@ -19,15 +19,12 @@ ROWS = [tokens(7), tokens(4, seed=2), tokens(1, seed=3)]
 HEADS = [DeepseekV3ForSequenceClassification, DeepseekV3ForTokenClassification]
 CAUSAL = DeepseekV3ForCausalLM
 
-
 def classifier(**changes):
     return build(
         DeepseekV3ForSequenceClassification, **({"num_labels": 3, "dtype": torch.float64} | changes)
     )
 
-
 # ---- A label a sequence ----
-
 
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -46,7 +43,6 @@ def test_a_sequence_is_read_off_its_last_token_wherever_padding_is(side):
             cache = model(ids[:, :4], mask[:, :4], use_cache=True).past_key_values
             close(model(ids[:, 4:], mask, past_key_values=cache).logits, alone)
 
-
 @torch.no_grad()
 def test_without_a_mask_the_pad_id_tells_where_rows_end():
     model = classifier(pad_token_id=60)
@@ -57,9 +53,7 @@ def test_without_a_mask_the_pad_id_tells_where_rows_end():
     assert model(padding).logits.isfinite().all()
     assert model(padding, torch.tensor([[1, 1, 1], [0, 0, 0]])).logits.isfinite().all()
 
-
 # ---- A label a token ----
-
 
 @pytest.mark.parametrize("ignored", [[], [0, 4]], ids=str)
 def test_token_labels_are_not_shifted_and_can_be_ignored(ignored):
@@ -73,13 +67,10 @@ def test_token_labels_are_not_shifted_and_can_be_ignored(ignored):
         part = model.train(training)(tokens(2, 5), labels=labels, num_items_in_batch=20)
         close(part.main_loss, out.loss * (10 - len(ignored)) / 20)
 
-
 # ---- Both ----
-
 
 def some_labels(cls):
     return torch.tensor([0, 1]) if cls is HEADS[0] else tokens(2, 6, vocab=2)
-
 
 @pytest.mark.parametrize("cls", HEADS)
 def test_training_adds_the_balance_loss(cls):
@@ -89,7 +80,6 @@ def test_training_adds_the_balance_loss(cls):
     out.loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     assert len(model.update_router_bias(0.01)) == 2
-
 
 @pytest.mark.parametrize(("cls", "depths"), [(HEADS[0], 0), (HEADS[1], 1)])
 def test_a_language_model_lends_its_trunk_and_the_new_head_is_announced(cls, depths, tmp_path):
@@ -105,7 +95,6 @@ def test_a_language_model_lends_its_trunk_and_the_new_head_is_announced(cls, dep
     assert model.score.weight.abs().max() > 0
     assert model(tokens(1, 4)).logits.isfinite().all()
 
-
 @pytest.mark.parametrize("cls", [*HEADS, CAUSAL])
 def test_a_new_model_is_drawn_as_the_config_says(cls):
     """Matrices from a normal distribution around 0, norms 1, biases 0, router biases 0."""
@@ -119,7 +108,6 @@ def test_a_new_model_is_drawn_as_the_config_says(cls):
             assert (tensor == (0.0 if name.endswith("bias") else 1.0)).all(), name
     assert any(name.endswith("o_proj.bias") for name, _ in model.named_parameters())
     assert ("score.bias" in dict(model.named_parameters())) == (cls is HEADS[1])
-
 
 @torch.no_grad()
 @pytest.mark.parametrize("cls", HEADS)
@@ -140,16 +128,13 @@ def test_a_head_hands_every_input_to_the_model(cls):
     assert behind.attentions[0].shape == (2, 3, 5, 10)
     assert behind.past_key_values.length == 10
 
-
 @pytest.mark.parametrize("cls", [HEADS[0], CAUSAL, DeepseekV3Model])
 def test_nothing_is_shown_unasked(cls):
     shown = {name for name, value in vars(build(cls)(tokens(1, 3))).items() if value is not None}
     assert shown - {"logits"} == {"last_hidden_state", "inputs_embeds"}
     assert ("logits" in shown) == (cls is not DeepseekV3Model)
 
-
 # ---- Tied embeddings ----
-
 
 def test_tied_embeddings_are_one_matrix_saved_once(tmp_path):
     model = build(tie_word_embeddings=True)
@@ -161,7 +146,6 @@ def test_tied_embeddings_are_one_matrix_saved_once(tmp_path):
     assert torch.equal(again(tokens(1, 5)).logits, model(tokens(1, 5)).logits)
     for tied in (model, again, copy.deepcopy(model).to(torch.bfloat16).float()):
         assert tied.lm_head.weight is tied.model.embed_tokens.weight
-
 
 def test_tied_embeddings_stay_tied_when_weights_are_exchanged():
     model = build(tie_word_embeddings=True)

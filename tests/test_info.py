@@ -11,19 +11,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import deepseek_v3
 
-
 def run(capsys, *arguments):
     deepseek_v3.main([str(argument) for argument in arguments])
     return capsys.readouterr().out
-
 
 def written(folder, config):
     (folder / "config.json").write_text(json.dumps(config))
     return folder / "config.json"
 
-
 # ---- info ----
-
 
 @pytest.mark.parametrize(
     ("config", "numbers"),
@@ -46,7 +42,6 @@ def test_the_released_numbers(tmp_path, capsys, config, numbers):
     each = [int(n.replace(",", "")) for n in re.findall(r"[A-Z]+\d+ ([\d,]+)", kinds)]
     assert len(each) > 1 and sum(each) == int(total.replace(",", ""))
 
-
 @pytest.mark.parametrize("quantize", [None, "fp8"])
 def test_a_folder_is_read_from_its_headers(tmp_path, capsys, quantize):
     ragged().save_pretrained(tmp_path, quantize=quantize, max_shard_size="100KB")
@@ -55,7 +50,6 @@ def test_a_folder_is_read_from_its_headers(tmp_path, capsys, quantize):
     said = run(capsys, "info", tmp_path)
     assert f"weights     {sum(t.nbytes for t in tensors):,} bytes" in said
     assert ("FP8" in said) == (quantize is not None)
-
 
 def test_the_split_over_gpus_names_each_layer_once_in_order(tmp_path, capsys):
     said = run(capsys, "info", written(tmp_path, V3), "--gpus", 8, "--gpu-memory", 131.3)
@@ -69,11 +63,9 @@ def test_the_split_over_gpus_names_each_layer_once_in_order(tmp_path, capsys):
         assert float(used) + float(free) == pytest.approx(131.3, abs=0.11)
         assert line.count("█") == pytest.approx(30 * float(used) / 131.3, abs=0.51)
 
-
 def test_too_few_gpus_are_told_how_many_it_takes(tmp_path, capsys):
     said = run(capsys, "info", written(tmp_path, V3), "--gpus", 8, "--gpu-memory", 80)
     assert "8 GPUs of 80 GiB do not hold it: it takes 9" in said
-
 
 # ---- generate --chat ----
 
@@ -81,7 +73,6 @@ BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 WITHOUT_BOS = "{% for m in messages %}{% if m['role'] == 'user' %}<｜User｜>{{ m['content'] }}{% endif %}"
 WITHOUT_BOS += "{% endfor %}{% if add_generation_prompt %}<｜Assistant｜>{% endif %}"
 RELEASED_STYLE = "{{ bos_token }}" + WITHOUT_BOS
-
 
 def folder_with(tmp_path, template, **settings):
     """A tiny checkpoint with a byte tokenizer, whose own post-processor adds no token."""
@@ -98,7 +89,6 @@ def folder_with(tmp_path, template, **settings):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     return tmp_path, tokenizer
 
-
 def prompt_of(monkeypatch, capsys, folder, *options):
     """The ids that the command gives to the model, and what it prints for the two tokens it gets."""
     seen = []
@@ -111,7 +101,6 @@ def prompt_of(monkeypatch, capsys, folder, *options):
     monkeypatch.setattr(deepseek_v3.DeepseekV3ForCausalLM, "generate", generate)
     said = run(capsys, "generate", folder, "Grüße", *options)
     return seen[0][0].tolist(), said
-
 
 @pytest.mark.parametrize(
     "template",
@@ -129,20 +118,17 @@ def test_a_chat_has_exactly_one_begin_of_sentence(tmp_path, monkeypatch, capsys,
     assert tokenizer.decode(ids, skip_special_tokens=False) == f"{BOS}<｜User｜>Grüße<｜Assistant｜>"
     assert "User" not in said
 
-
 def test_a_template_file_of_its_own_is_read(tmp_path, monkeypatch, capsys):
     folder, tokenizer = folder_with(tmp_path, None)
     (folder / "chat_template.jinja").write_text("{{ bos_token }}file: {{ messages[0].content }}")
     ids, _ = prompt_of(monkeypatch, capsys, folder, "--chat")
     assert tokenizer.decode(ids, skip_special_tokens=False) == f"{BOS}file: Grüße"
 
-
 def test_a_plain_prompt_begins_a_sentence_too(tmp_path, monkeypatch, capsys):
     folder, tokenizer = folder_with(tmp_path, None)
     ids, said = prompt_of(monkeypatch, capsys, folder)
     assert tokenizer.decode(ids, skip_special_tokens=False) == f"{BOS}Grüße"
     assert said.startswith("Grüße")
-
 
 def test_a_chat_stops_at_the_end_of_sentence(tmp_path, capsys):
     folder, _ = folder_with(tmp_path, RELEASED_STYLE)

@@ -24,14 +24,11 @@ from deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM
 SINGLE = "model.safetensors"
 load = DeepseekV3ForCausalLM.from_pretrained
 
-
 def same(one, two):
     """Whether two models compute the same, bit for bit."""
     return torch.equal(one(tokens(1, 6)).logits, two(tokens(1, 6)).logits)
 
-
 # ---- The released checkpoint, 688 GB of holes ----
-
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):
@@ -39,7 +36,6 @@ def released(tmp_path_factory):
     write_sparse(folder, released_layout())
     yield folder
     shutil.rmtree(folder)
-
 
 def test_every_name_and_shape_of_671b_is_checked_in_seconds(released, monkeypatch):
     headers = 0
@@ -59,7 +55,6 @@ def test_every_name_and_shape_of_671b_is_checked_in_seconds(released, monkeypatc
     fp8 = sum(stored.find(name)[0] == deepseek_v3.FP8 for name in names)
     assert len(names) + fp8 + 2 == 91_991  # with a scale for each FP8 matrix, and MTP's two copies
 
-
 SLICE = """
 import json, resource, sys, torch
 import deepseek_v3
@@ -75,7 +70,6 @@ held = sum(p.nbytes for p in model.parameters())
 largest = max(p.nbytes for p in model.parameters())
 print(json.dumps([peak() - before, held, largest, opened]))
 """
-
 
 def test_a_slice_opens_its_shards_only_and_peaks_at_one_tensor_more(tmp_path):
     """Real widths but for the vocabulary, which would take 3.7 of the 4.3 GB."""
@@ -95,9 +89,7 @@ def test_a_slice_opens_its_shards_only_and_peaks_at_one_tensor_more(tmp_path):
     needed = ("model.layers.0.", "model.embed", "model.norm", "lm_head")
     assert set(opened) == {file for name, file in weight_map.items() if name.startswith(needed)}
 
-
 # ---- Bad folders: each error names the tensor or the file ----
-
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
@@ -107,9 +99,7 @@ def good(tmp_path_factory):
     config = json.loads((folder / "saved" / "config.json").read_text())
     return write(folder / "dealt", read(folder / "saved"), config, shards=3)
 
-
 UP = "model.layers.1.mlp.experts.3.up_proj.weight"
-
 
 def change(folder, name, tensor):
     """Put a tensor in place of another, or take it out of its shard and the index."""
@@ -124,21 +114,17 @@ def change(folder, name, tensor):
     save_file(tensors, folder / file)
     (folder / INDEX).write_text(json.dumps(index))
 
-
 def shard_of(folder, name=UP):
     return folder / json.loads((folder / INDEX).read_text())["weight_map"][name]
-
 
 def edit_index(folder, **entries):
     index = json.loads((folder / INDEX).read_text())
     index["weight_map"] |= entries
     (folder / INDEX).write_text(json.dumps(index))
 
-
 def edit_config(folder, **entries):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | entries))
-
 
 def swap_entry(folder):
     """The index says that a tensor is in a shard where it is not."""
@@ -146,19 +132,16 @@ def swap_entry(folder):
     other = other if shard_of(folder).name != other else "model-00002-of-000003.safetensors"
     edit_index(folder, **{UP: other})
 
-
 def forget_entry(folder):
     """A shard holds what the index does not know."""
     index = json.loads((folder / INDEX).read_text())
     del index["weight_map"]["model.layers.0.self_attn.o_proj.weight_scale_inv"]
     (folder / INDEX).write_text(json.dumps(index))
 
-
 def hide_a_tensor(folder):
     """A shard holds one tensor more than the index knows."""
     tensors = load_file(shard_of(folder))
     save_file(tensors | {"hidden": torch.ones(2)}, shard_of(folder))
-
 
 def pickle_only(folder):
     for path in folder.glob("model*"):
@@ -166,18 +149,15 @@ def pickle_only(folder):
     for name in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
         (folder / name).write_bytes(b"\x80\x02")
 
-
 def with_nan(folder):
     scale = load_file(shard_of(folder, UP + "_scale_inv"))[UP + "_scale_inv"].clone()
     scale[0, 0] = torch.nan
     change(folder, UP + "_scale_inv", scale)
 
-
 def changed(name, *tensor):
     """A tensor replaced by ones of a shape and dtype."""
     shape, dtype = tensor if len(tensor) == 2 else (tensor[0], torch.float32)
     return lambda folder: change(folder, name, torch.ones(shape).to(dtype))
-
 
 def entry(name, place):
     def spoil(folder):
@@ -185,18 +165,14 @@ def entry(name, place):
 
     return spoil
 
-
 def index_of(content):
     return lambda folder: (folder / INDEX).write_bytes(content)
-
 
 def shard_with(content):
     return lambda folder: shard_of(folder).write_bytes(content)
 
-
 def truncated(keep):
     return lambda folder: os.truncate(shard_of(folder), keep % shard_of(folder).stat().st_size)
-
 
 BIAS, NORM = "model.layers.2.mlp.gate.e_score_correction_bias", "model.norm.weight"
 EH, HEAD = "model.layers.3.eh_proj.weight", "model.layers.3.shared_head.head.weight"
@@ -253,7 +229,6 @@ BAD += [
     ("missing", lambda d: edit_config(d, n_routed_experts=9000)),
 ]
 
-
 @pytest.mark.filterwarnings("ignore:.*MTP")  # an index without tensors has none of MTP either
 @pytest.mark.parametrize(("named", "spoil"), BAD, ids=[f"{i} {named}" for i, (named, _) in enumerate(BAD)])
 def test_a_bad_folder_is_named(good, tmp_path, named, spoil):
@@ -263,12 +238,10 @@ def test_a_bad_folder_is_named(good, tmp_path, named, spoil):
         load(folder)
     assert named in str(error.value)
 
-
 def test_the_folder_that_is_spoilt_above_is_good_though_scales_lie_in_another_shard(good):
     scales = [name for name in read(good) if name.endswith("_scale_inv")]
     assert any(shard_of(good, name) != shard_of(good, name.removesuffix("_scale_inv")) for name in scales)
     assert same(load(good), load(good.parent / "saved"))
-
 
 def test_all_is_checked_before_anything_is_read(good, tmp_path, monkeypatch):
     folder = shutil.copytree(good, tmp_path / "spoilt")
@@ -277,20 +250,17 @@ def test_all_is_checked_before_anything_is_read(good, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="missing"):
         load(folder)
 
-
 def test_the_error_lists_ten_and_counts_the_rest(good, tmp_path):
     folder = shutil.copytree(good, tmp_path / "spoilt")
     edit_config(folder, hidden_size=128)
     with pytest.raises(ValueError, match="and [0-9]+ more"):
         load(folder)
 
-
 def test_links_are_followed(good, tmp_path):
     """As in the cache of the Hugging Face hub, where each file links to a blob elsewhere."""
     for path in good.iterdir():
         (tmp_path / path.name).symlink_to(path)
     assert same(load(tmp_path), load(good))
-
 
 def test_what_was_loaded_does_not_depend_on_its_files(tmp_path):
     ragged().save_pretrained(tmp_path)
@@ -300,13 +270,10 @@ def test_what_was_loaded_does_not_depend_on_its_files(tmp_path):
         path.write_bytes(b"\xff" * path.stat().st_size)
     assert torch.equal(twin(tokens(1, 6)).logits, before)
 
-
 # ---- Saving: whole or not at all ----
-
 
 class Killed(BaseException):
     pass
-
 
 def killed_at(step, monkeypatch):
     """Stop in the step-th change of a file: nothing runs after a kill, no clean-up either."""
@@ -327,7 +294,6 @@ def killed_at(step, monkeypatch):
         monkeypatch.setattr(pathlib.Path, name, stop(getattr(pathlib.Path, name)))
     monkeypatch.setattr(deepseek_v3, "save_file", stop(deepseek_v3.save_file))
     return left
-
 
 @pytest.mark.parametrize("after", ["5GB", "50KB"])
 @pytest.mark.parametrize("before", ["5GB", "50KB"])
@@ -353,7 +319,6 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path, monkeypatch, b
         assert (folder / "model_ema.safetensors").read_text() == "of somebody else"
         step = step + 1 if left[0] < 0 else None
     assert seen == {False, True}
-
 
 def test_a_full_disk_leaves_the_old_one(tmp_path):
     """Files of more than 30,000 bytes fail as there."""

@@ -21,10 +21,8 @@ BIASES = {
     "mixed": torch.linspace(-3, 3, E)[SHUFFLED],
 }
 
-
 def close(a, b, tolerance=1e-5):
     torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
-
 
 def moe(bias=None, dtype=torch.float32, **changes):
     """The feed-forward of the first layer with experts."""
@@ -33,13 +31,10 @@ def moe(bias=None, dtype=torch.float32, **changes):
         layer.gate.e_score_correction_bias.copy_(bias)
     return layer
 
-
 def states(*shape, seed=3, dtype=torch.float32, width=32):
     return torch.randn(*shape, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
-
 # ---- The router ----
-
 
 def route_by_hand(x, gate, groups, picked, normalise, scaling):
     """One token's {expert: weight}, Eqs. 13–16 with the node limit, in Python numbers."""
@@ -53,7 +48,6 @@ def route_by_hand(x, gate, groups, picked, normalise, scaling):
     chosen = sorted(reachable, key=lambda e: biased[e])[-K:]
     total = sum(scores[e] for e in chosen) if normalise else 1
     return {e: scores[e] / total * scaling for e in chosen}
-
 
 @pytest.mark.parametrize(
     ("groups", "picked", "normalise", "scaling"),
@@ -71,7 +65,6 @@ def test_the_router_is_what_the_report_says(groups, picked, normalise, scaling):
             expected = route_by_hand(x.flatten(0, 1)[t], gate, groups, picked, normalise, scaling)
             assert dict(zip(indices, weights, strict=True)) == pytest.approx(expected, rel=1e-4)
 
-
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_scores_are_float32_whatever_the_weights_are(dtype, autocast):
@@ -83,9 +76,7 @@ def test_scores_are_float32_whatever_the_weights_are(dtype, autocast):
     # Rounding a product to bfloat16 would be off by a thousandth.
     close(routing.scores, (x.double() @ gate.weight.double().T).sigmoid().float(), 1e-6)
 
-
 # ---- The bias is a float32 buffer ----
-
 
 def test_casting_the_model_keeps_every_bit_of_the_bias():
     """At 5, bfloat16 steps by 0.03, and the spread of a layer's biases is about as wide."""
@@ -99,7 +90,6 @@ def test_casting_the_model_keeps_every_bit_of_the_bias():
             assert new.dtype == torch.float32
             assert torch.equal(old, new)
 
-
 def test_the_bias_starts_at_zero_goes_with_the_model_is_saved_and_not_trained():
     assert all((bias == 0).all() for bias in router_biases(DeepseekV3Model(build().config)))
     model = build()
@@ -112,9 +102,7 @@ def test_the_bias_starts_at_zero_goes_with_the_model_is_saved_and_not_trained():
     moved = router_biases(model.to("meta", torch.bfloat16))
     assert {(bias.device.type, bias.dtype) for bias in moved} == {("meta", torch.float32)}
 
-
 # ---- The experts ----
-
 
 def experts_by_hand(layer, x):
     """Eq. 12 without the residual, a token and an expert at a time."""
@@ -133,7 +121,6 @@ def experts_by_hand(layer, x):
             rows.append(row)
     return torch.stack(rows).view_as(x)
 
-
 SHAPES = {
     "usual": {},
     "odd widths": {"hidden_size": 30, "moe_intermediate_size": 13},
@@ -141,7 +128,6 @@ SHAPES = {
     "two shared experts, one expert a token": {"n_shared_experts": 2, "num_experts_per_tok": 1},
     "one expert": dict(n_routed_experts=1, n_group=1, topk_group=1, num_experts_per_tok=1),
 }
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -160,7 +146,6 @@ def test_experts_are_a_loop_over_tokens_gradients_too(shape, dtype):
         assert fast.dtype == dtype
         close(fast, by_hand, tolerance)
 
-
 @pytest.mark.parametrize(("width", "training"), [(16, False), (16, True), (13, True)])
 def test_experts_in_bfloat16_come_close(width, training):
     layer = moe(dtype=torch.bfloat16, moe_intermediate_size=width)
@@ -169,7 +154,6 @@ def test_experts_in_bfloat16_come_close(width, training):
     assert out.dtype == torch.bfloat16
     exact = experts_by_hand(copy.deepcopy(layer).double(), x.double())
     assert (out.double() - exact).abs().max() < 0.02 * exact.abs().max()
-
 
 @pytest.mark.parametrize("width", [16, 13])
 def test_an_expert_that_nobody_chose_has_a_zero_gradient(width):
@@ -180,7 +164,6 @@ def test_an_expert_that_nobody_chose_has_a_zero_gradient(width):
     for weight in layer.experts.parameters():
         busy = weight.grad.flatten(1).abs().sum(-1) > 0
         assert busy.tolist() == [False] + [True] * (E - 2) + [False]
-
 
 @pytest.mark.parametrize(
     ("dtype", "width", "training", "way"),
@@ -202,9 +185,7 @@ def test_the_grouped_kernel_runs_where_it_can_and_pays(monkeypatch, dtype, width
     layer(states(2, 6, dtype=dtype).requires_grad_(training))
     assert calls == [way]
 
-
 # ---- Counting loads and moving the bias ----
-
 
 def train_step(model, *batches, gamma=0.01, **more):
     """Forward each (ids, mask), move the bias once: biases and MaxVio of each layer."""
@@ -213,7 +194,6 @@ def train_step(model, *batches, gamma=0.01, **more):
         model(ids, mask)
     violations = model.update_router_bias(gamma, **more)
     return torch.stack(router_biases(model)), violations
-
 
 def visits(model, ids, mask=None):
     """How many real tokens visit each expert of each layer, counted one by one: (layers, E)."""
@@ -226,14 +206,11 @@ def visits(model, ids, mask=None):
                 counts[layer, e] += 1
     return counts
 
-
 def violations_of(counts):
     """MaxVio of each layer, from its experts' visits (layers, E)."""
     return pytest.approx((counts.amax(-1) / counts.mean(-1) - 1).tolist())
 
-
 PLAIN = dict(num_nextn_predict_layers=0)
-
 
 @pytest.mark.parametrize("gamma", [0.0, 0.01, None])
 def test_busy_experts_fall_and_idle_ones_rise_by_gamma_and_loads_are_forgotten(gamma):
@@ -249,7 +226,6 @@ def test_busy_experts_fall_and_idle_ones_rise_by_gamma_and_loads_are_forgotten(g
     assert train_step(model)[1] == [0.0] * MOE_LAYERS
     assert torch.equal(torch.stack(router_biases(model)), after)
 
-
 def test_an_expert_at_the_mean_stays_where_it_is():
     """Every token visits every expert. And below one visit an expert: one token visits 4 of 12."""
     model = build(**PLAIN, num_experts_per_tok=E, topk_group=G)
@@ -259,7 +235,6 @@ def test_an_expert_at_the_mean_stays_where_it_is():
     assert violations == [0.0] * MOE_LAYERS
     assert train_step(build(**PLAIN), (tokens(1, 1), None))[1] == pytest.approx([2.0] * MOE_LAYERS)
 
-
 def test_loads_are_counted_for_real_and_not_saved():
     """Built on `meta` for loading, a model must count all the same; a checkpoint has no loads."""
     with torch.device("meta"):
@@ -268,7 +243,6 @@ def test_loads_are_counted_for_real_and_not_saved():
         assert layer.mlp.gate.load.device.type == "cpu"
         assert (layer.mlp.gate.load.dtype, layer.mlp.gate.load.sum()) == (torch.int64, 0)
     assert not any("load" in name for name in model.state_dict())
-
 
 def test_padding_behind_a_cache_is_no_load():
     """The mask covers the cached tokens too; only the new ones are counted."""
@@ -283,7 +257,6 @@ def test_padding_behind_a_cache_is_no_load():
     counts = torch.stack([torch.bincount(experts, minlength=E) for experts in visited]).float()
     assert model.update_router_bias(0.0) == violations_of(counts)
 
-
 def test_padding_is_no_load_and_micro_batches_are_one_batch():
     rows = [tokens(9), tokens(4, seed=2), tokens(1, seed=3)]
     ids, mask = pad(rows, "left", value=5)
@@ -293,7 +266,6 @@ def test_padding_is_no_load_and_micro_batches_are_one_batch():
     assert together[1] == alone[1]
     assert together[1][:MOE_LAYERS] == violations_of(visits(build(), ids, mask))
 
-
 def test_evaluation_is_no_load_and_has_no_balance_loss():
     model = build()
     before = torch.stack(router_biases(model))
@@ -302,13 +274,11 @@ def test_evaluation_is_no_load_and_has_no_balance_loss():
     model.update_router_bias(0.01)
     assert torch.equal(torch.stack(router_biases(model)), before)
 
-
 def test_loads_are_whole_numbers_that_bfloat16_does_not_round():
     """900 tokens: above 256 a bfloat16 count would skip, and near ties change sign."""
     bfloat16 = dict(dtype=torch.bfloat16, **PLAIN)
     violations = train_step(build(**bfloat16), (tokens(3, 300), None))[1]
     assert violations == violations_of(visits(build(**bfloat16), tokens(3, 300)))
-
 
 def test_checkpointing_has_the_same_gradients_and_counts_once():
     """One of two unlike batches is recomputed: counted twice, it would outweigh the other."""
@@ -328,7 +298,6 @@ def test_checkpointing_has_the_same_gradients_and_counts_once():
     counts += visits(build(dtype=torch.float64), tokens(2, 5, seed=2))
     assert found[0][1][:MOE_LAYERS] == violations_of(counts)
 
-
 @pytest.mark.parametrize(
     ("asked", "training", "runs"), [(False, True, 1), (True, True, 2), (True, False, 1)]
 )
@@ -340,7 +309,6 @@ def test_layers_are_recomputed_where_asked_for_only(asked, training, runs):
     model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: seen.append(1))
     model(tokens(1, 4)).logits.sum().backward()
     assert len(seen) == runs
-
 
 def test_the_routers_of_mtp_modules_are_balanced_too():
     model = build(num_nextn_predict_layers=2, balance_loss_weight=0.05).train()
@@ -356,7 +324,6 @@ def test_the_routers_of_mtp_modules_are_balanced_too():
     step = 0.01 * (counts.mean(-1, keepdim=True) - counts).sign()
     close(torch.stack(router_biases(model)) - before, step, 1e-6)
 
-
 def test_the_centred_step_makes_the_same_choices_and_does_not_drift():
     plain, centred = build(), build()
     start = torch.stack(router_biases(plain)).mean(-1)
@@ -371,22 +338,18 @@ def test_the_centred_step_makes_the_same_choices_and_does_not_drift():
     for a, b in zip(*(visits(m, tokens(2, 9)) for m in (plain, centred)), strict=True):
         assert torch.equal(a, b)
 
-
 def test_a_single_process_needs_no_distributed_torch(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
     monkeypatch.delattr(torch.distributed, "is_initialized", raising=False)
     before = torch.stack(router_biases(build()))
     assert not torch.equal(train_step(build(), (tokens(2, 9), None))[0], before)
 
-
 def test_a_model_without_experts_has_nothing_to_move():
     model = build(first_k_dense_replace=9).train()
     model(tokens(1, 4), labels=tokens(1, 4)).loss.backward()
     assert model.update_router_bias(0.01) == []
 
-
 # ---- The sequence-wise balance loss ----
-
 
 def balance_by_hand(routing, mask):
     """Eqs. 17–20 of one layer without alpha, in loops, of each sequence -> (B)."""
@@ -403,7 +366,6 @@ def balance_by_hand(routing, mask):
             loss += f * P
         losses.append(loss)
     return torch.tensor(losses)
-
 
 @pytest.mark.parametrize("side", [None, "left"])
 def test_the_balance_loss_is_what_the_report_says_and_teaches_the_router(side):

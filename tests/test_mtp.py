@@ -10,25 +10,20 @@ from deepseek_v3 import trace
 L, D, VOCAB = 3, 32, 61  # of the small model; module k of MTP is layer L + k - 1
 DEPTHS = 3
 
-
 def fresh(**changes):
     return build(**({"num_nextn_predict_layers": DEPTHS, "dtype": torch.float64} | changes))
-
 
 @pytest.fixture(scope="module")
 def model():
     """Three modules, in float64, so that only a mistake, and not rounding, can show."""
     return fresh()
 
-
 @torch.no_grad()
 def mtp_logits(model, ids, *given):
     """The modules' logits; `given` are a mask and positions."""
     return model(ids, *given, output_mtp=True).mtp_logits
 
-
 # ---- Alignment: row i of depth k has read tokens up to i + k and predicts token i + k + 1 ----
-
 
 @pytest.mark.parametrize("changed", [1, 4, 9])
 def test_a_row_never_sees_the_token_that_it_predicts(model, changed):
@@ -42,9 +37,7 @@ def test_a_row_never_sees_the_token_that_it_predicts(model, changed):
         moved = (after - before)[0].abs().amax(-1)
         assert (moved[first:] > 1e-6).all()
 
-
 # ---- What enters a module, and what leaves it ----
-
 
 @torch.no_grad()
 def test_modules_read_normed_states_and_the_embeddings_ahead(model):
@@ -57,7 +50,6 @@ def test_modules_read_normed_states_and_the_embeddings_ahead(model):
         close(seen[name + "hnorm"], block.hnorm(states[:, :-1]))
         close(seen[name + "enorm"], block.enorm(embeds[:, k:]))
         states = seen[name + "shared_head.norm"]
-
 
 @torch.no_grad()
 def test_the_projection_takes_the_embedding_first():
@@ -73,7 +65,6 @@ def test_the_projection_takes_the_embedding_first():
         other[0, 4] = (ids[0, 4] + 1) % VOCAB
         assert (mtp_logits(model, other)[0] - mtp_logits(model, ids)[0]).abs().max() > 1e-6
 
-
 @torch.no_grad()
 @pytest.mark.parametrize("depth", [1, 3])
 def test_a_module_has_a_norm_of_its_own_before_the_shared_head(depth):
@@ -88,10 +79,8 @@ def test_a_module_has_a_norm_of_its_own_before_the_shared_head(depth):
     for new, old in zip(mtp_logits(model, ids), after.mtp_logits, strict=True):
         close(new, 2 * old)
 
-
 def test_modules_have_experts_behind_dense_layers_too():
     assert all(hasattr(block.mlp, "gate") for block in fresh(first_k_dense_replace=L).mtp_blocks)
-
 
 @torch.no_grad()
 def test_mtp_changes_nothing_in_the_main_model_and_reads_embeddings_too(model):
@@ -104,10 +93,8 @@ def test_mtp_changes_nothing_in_the_main_model_and_reads_embeddings_too(model):
     for given, looked_up in zip(embedded.mtp_logits, asked.mtp_logits, strict=True):
         close(given, looked_up)
 
-
 LENGTHS = [[10], [4, 6], [1, 2, 7], [3, 1, 5, 1]]  # of the documents in rows of 10 tokens
 POSITIONS = torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in LENGTHS])
-
 
 @pytest.mark.parametrize("training", [False, True])
 def test_packed_documents_are_learnt_from_as_each_alone(training):
@@ -131,7 +118,6 @@ def test_packed_documents_are_learnt_from_as_each_alone(training):
     close(out.main_loss, torch.cat(main).mean())
     close(out.mtp_loss, sum(torch.cat(terms).mean() for terms in ahead) / DEPTHS)
 
-
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["left", "packed"])
 def test_a_square_mask_reaches_the_modules(model, kind):
@@ -149,9 +135,7 @@ def test_a_square_mask_reaches_the_modules(model, kind):
             inside = (document[:, :-k] == document[:, k:]) & (document[:, :-k] > 0)
             close(found[inside], right[k - 1][inside])
 
-
 # ---- Loss ----
-
 
 def loss_by_hand(mtp_logits, labels):
     """Eqs. 24 and 25 without λ: the mean over each depth's targets, then over the depths."""
@@ -166,7 +150,6 @@ def loss_by_hand(mtp_logits, labels):
         losses.append(sum(terms) / len(terms))
     return sum(losses) / len(losses)
 
-
 @pytest.mark.parametrize(("depths", "ignored"), [(1, []), (3, [0, 3, 9]), (2, range(5))], ids=str)
 def test_the_loss_is_the_mean_of_the_depths(depths, ignored):
     model = fresh(num_nextn_predict_layers=depths)
@@ -178,11 +161,9 @@ def test_the_loss_is_the_mean_of_the_depths(depths, ignored):
     rows, targets = out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     close(out.main_loss, F.cross_entropy(rows, targets))
 
-
 def test_a_target_that_is_ignored_everywhere_costs_nothing(model):
     out = model(tokens(2, 6), labels=torch.full((2, 6), -100))
     assert out.loss == out.main_loss == out.mtp_loss == 0
-
 
 def test_the_loss_of_a_single_target_is_its_own(model):
     out = model(tokens(1, 3), labels=tokens(1, 3).index_fill(1, torch.tensor([1]), -100))
@@ -190,7 +171,6 @@ def test_the_loss_of_a_single_target_is_its_own(model):
     close(out.main_loss, -out.logits[0, 1].log_softmax(-1)[target])
     assert len(out.mtp_logits) == 2  # the second has a row, but no target behind it
     close(out.mtp_loss, -out.mtp_logits[0][0, 0].log_softmax(-1)[target] / 2)
-
 
 @pytest.mark.parametrize("training", [False, True])
 def test_losses_of_parts_over_the_number_of_all_labels_add_up_to_that_of_the_whole(training):
@@ -207,7 +187,6 @@ def test_losses_of_parts_over_the_number_of_all_labels_add_up_to_that_of_the_who
     close(whole.main_loss, plain.main_loss)
     assert (whole.loss != whole.main_loss) == training
 
-
 def test_labels_behind_a_cache_score_the_main_model_only(model):
     cache = model(tokens(1, 4), use_cache=True).past_key_values
     out = model(tokens(1, 3), labels=tokens(1, 3), past_key_values=cache)
@@ -216,7 +195,6 @@ def test_labels_behind_a_cache_score_the_main_model_only(model):
     with pytest.raises(ValueError, match="output_mtp"):
         model(tokens(1, 2), past_key_values=cache, output_mtp=True)
     assert model(tokens(2, 6), logits_to_keep=1, output_mtp=True).mtp_logits is not None
-
 
 @torch.no_grad()
 def test_given_positions_reach_the_modules(model):
@@ -231,7 +209,6 @@ def test_given_positions_reach_the_modules(model):
         close(found, alone)
         assert ((found - plain[0]).abs().max() < 1e-10) == (stretch == 1)
 
-
 @pytest.mark.parametrize("weight", [0.3, 0])
 def test_the_training_loss_is_main_mtp_and_balance(weight):
     model = fresh(mtp_loss_weight=weight, balance_loss_weight=0.05).train()
@@ -240,7 +217,6 @@ def test_the_training_loss_is_main_mtp_and_balance(weight):
     assert out.balance_loss > 0
     in_evaluation = model.eval()(tokens(2, 10), labels=tokens(2, 10))
     assert in_evaluation.loss == in_evaluation.main_loss and in_evaluation.mtp_loss > 0
-
 
 def test_the_mtp_loss_teaches_the_trunk_and_the_shared_parts():
     model = fresh().train()
@@ -251,9 +227,7 @@ def test_the_mtp_loss_teaches_the_trunk_and_the_shared_parts():
     for block in model.model.layers[L:]:
         assert block.eh_proj.weight.grad.abs().sum() > 0
 
-
 # ---- Edges ----
-
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4])
 def test_sequences_shorter_than_the_depths(length):
@@ -265,7 +239,6 @@ def test_sequences_shorter_than_the_depths(length):
     assert shapes == [(2, length - k, VOCAB) for k in range(1, DEPTHS + 1) if k < length]
     assert out.loss.isfinite()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-
 
 def test_without_modules_there_is_nothing_to_show():
     model = fresh(num_nextn_predict_layers=0)

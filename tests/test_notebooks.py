@@ -20,15 +20,12 @@ ALL = paths()
 NAMES = "00_map 01_rope_yarn 02_mla 03_cache_absorption 04_routing 05_balance 06_mtp 07_fp8 08_heads".split()
 NAMES += ["09_real_weights", "10_systems"]
 
-
 @pytest.fixture(params=ALL, ids=lambda path: path.stem)
 def notebook(request):
     return nbformat.read(request.param, as_version=4)
 
-
 def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
-
 
 def exercises(notebook):
     """[(id, code cell)]."""
@@ -37,10 +34,8 @@ def exercises(notebook):
     assert all("exercise" in cell.metadata.tags for _, cell in found)
     return found
 
-
 def printed(cell):
     return "".join(output.get("text", "") for output in cell.get("outputs", []))
-
 
 def test_they_are_executed_in_order_without_error(notebook):
     nbformat.validate(notebook)
@@ -49,7 +44,6 @@ def test_they_are_executed_in_order_without_error(notebook):
     assert notebook.metadata.code == code_hash(notebook), "run python tests/run_notebooks.py --write"
     assert set(notebook.metadata) == {"code", "kernelspec", "language_info"}
     assert notebook.metadata.language_info == {"name": "python"}
-
 
 def test_their_size(notebook, request):
     path = request.node.callspec.params["notebook"]
@@ -60,7 +54,6 @@ def test_their_size(notebook, request):
     for cell in code_cells(notebook):
         assert len(cell.source.splitlines()) <= 30, cell.source
         assert max(map(len, cell.source.splitlines())) <= 115, cell.source
-
 
 def test_their_skeleton(notebook, request):
     stem = request.node.callspec.params["notebook"].stem
@@ -80,7 +73,6 @@ def test_their_skeleton(notebook, request):
         assert any("Break it" in text for text in texts)
         assert 2 <= len(exercises(notebook)) <= 3
 
-
 def test_every_picture_is_described(notebook):
     cells = notebook.cells
     for cell, following in zip(cells, [*cells[1:], None], strict=True):
@@ -89,7 +81,6 @@ def test_every_picture_is_described(notebook):
             assert len(picture.metadata["image/png"]["alt"]) >= 40
             assert following.source.startswith("**What to see:**"), cell.source
 
-
 def test_they_fetch_nothing_and_hold_no_scripts(notebook):
     for cell in notebook.cells:
         fetches = r"^\s*[!%]|pip install|urlopen|requests\.|from_pretrained\(\"\w+/"
@@ -97,7 +88,6 @@ def test_they_fetch_nothing_and_hold_no_scripts(notebook):
         for output in cell.get("outputs", []):
             assert output.output_type != "error"
             assert "text/html" not in output.get("data", {})
-
 
 def test_they_name_things_that_exist(notebook):
     for cell in notebook.cells:
@@ -109,12 +99,10 @@ def test_they_name_things_that_exist(notebook):
     link_lines(notebook)
     assert [cell.source for cell in notebook.cells] == before, "run python tests/run_notebooks.py --write"
 
-
 def test_links_lead_to_definitions():
     lines = (ROOT / "deepseek_v3.py").read_text().splitlines()
     for name, number in definitions().items():
         assert re.search(rf"(def|class) {name.rsplit('.')[-1]}\b", lines[number - 1])
-
 
 @pytest.mark.skipif([path.stem for path in ALL] != NAMES, reason="the set is not complete")
 def test_every_equation_is_asserted_where_the_map_says():
@@ -131,7 +119,6 @@ def test_every_equation_is_asserted_where_the_map_says():
             named = {n for part in parts for n in spread(part)}
             assert equation in named, (equation, stem)
 
-
 def spread(numbers):
     """Numbers of "1–3, 5"."""
     found = []
@@ -139,7 +126,6 @@ def spread(numbers):
         first, *last = part.strip("–").split("–")
         found += range(int(first), int((last or [first])[0]) + 1)
     return found
-
 
 @pytest.fixture
 def space(notebook, monkeypatch):
@@ -155,14 +141,12 @@ def space(notebook, monkeypatch):
     yield names
     torch.set_rng_state(before)
 
-
 def verdict(source, space):
     """The last line that an exercise prints."""
     told = io.StringIO()
     with contextlib.redirect_stdout(told):
         exec(source, dict(space))
     return told.getvalue().strip().splitlines()[-1]
-
 
 def test_exercises_as_they_are_solved_and_wrong(notebook, space):
     for id, cell in exercises(notebook):
@@ -179,7 +163,6 @@ def test_exercises_as_they_are_solved_and_wrong(notebook, space):
             assert told.startswith(f"✗ {id}"), told
             assert told.endswith(reason.lstrip("# ")), (told, reason)
         assert "raised KeyError" in verdict(f"{stub}raise KeyError('x')\n{checked}", space)
-
 
 def test_what_the_helper_says(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "notebooks"))

@@ -16,9 +16,7 @@ from deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM
 
 HERE = Path(__file__).parent
 
-
 # ---- Precision ----
-
 
 def with_outliers(model, factor, seed):
     """One weight in 500 of each matrix is `factor` times as large, as in trained models."""
@@ -29,7 +27,6 @@ def with_outliers(model, factor, seed):
                 large = torch.rand(parameter.shape, generator=random) < 1 / 500
                 parameter.mul_(torch.where(large, factor, 1.0).to(parameter.dtype))
     return model
-
 
 @torch.no_grad()
 @pytest.mark.parametrize("factor", [1, 100])
@@ -48,15 +45,12 @@ def test_bfloat16_stays_close_to_float32(factor):
     assert errors.median() < 0.02 and errors.quantile(0.9) < 0.05
     assert torch.stack(moved).float().mean() < 0.05
 
-
 # ---- Nothing to see, nothing to choose ----
-
 
 def all_finite(out, model):
     gradients = [parameter.grad for parameter in model.parameters()]
     assert out.loss.isfinite() and out.logits.isfinite().all()
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
-
 
 def labelled(model, ids, mask=None):
     labels = ids if mask is None else ids.masked_fill(mask == 0, -100)
@@ -64,9 +58,7 @@ def labelled(model, ids, mask=None):
     out.loss.backward()
     return out
 
-
 MASKS = [[[0] * 6, [1] * 6], [[0] * 6] * 2, [[0, 0, 0, 0, 0, 1], [1, 0, 0, 0, 0, 0]]]
-
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 def test_rows_without_a_token_give_no_nan(mask):
@@ -74,7 +66,6 @@ def test_rows_without_a_token_give_no_nan(mask):
     all_finite(labelled(model, ids, torch.tensor(mask)), model)
     out = model.generate(ids, torch.tensor(mask), max_new_tokens=3, use_mtp=True, eos_token_id=-1)
     assert out.shape == (2, 9)
-
 
 def test_scores_that_underflow_give_no_nan():
     model = build().train()
@@ -88,16 +79,13 @@ def test_scores_that_underflow_give_no_nan():
     model.update_router_bias(0.01)
     assert all(bias.isfinite().all() for bias in router_biases(model))
 
-
 # ---- Too long, long, many ----
-
 
 def long_warnings(call):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         call()
     return [str(warning.message) for warning in caught]
-
 
 def test_positions_past_the_limit_warn_at_each_call_and_are_counted_through_the_cache():
     model = build(max_position_embeddings=8, num_nextn_predict_layers=0)
@@ -109,7 +97,6 @@ def test_positions_past_the_limit_warn_at_each_call_and_are_counted_through_the_
     assert [message.split(",")[0] for message in found] == ["9 positions", "10 positions"]
     dense = build(max_position_embeddings=8, first_k_dense_replace=9).to("meta")
     assert long_warnings(lambda: dense(tokens(1, 9).to("meta")))  # read off no number on a device
-
 
 PEAKS = """
 import json, resource, sys, torch
@@ -135,7 +122,6 @@ with torch.no_grad():
 print(json.dumps(peaks))
 """
 
-
 def test_many_rows_and_long_contexts_take_bounded_memory():
     """A matrix of 20k x 20k for two heads would be 3.1 GiB, one of booleans for all heads 400 MiB."""
     command = [sys.executable, "-c", PEAKS, str(HERE), str(HERE.parent)]
@@ -144,9 +130,7 @@ def test_many_rows_and_long_contexts_take_bounded_memory():
     peaks = json.loads(run.stdout)
     assert max(peaks.values()) < 300, f"MiB: {peaks}"
 
-
 # ---- Products of a few rows on a CPU --------------------------------------------------------------
-
 
 @pytest.mark.parametrize(("shape", "bias"), [((512, 256), False), ((257, 600), True), ((40, 30), True)], ids=str)
 @pytest.mark.parametrize("rows", [(0,), (1, 1), (2, 2), (5,)], ids=str)
@@ -166,7 +150,6 @@ def test_a_product_of_few_rows_is_the_product(rows, shape, bias):
         close = 1e-5 * b.abs().max().item() if b.numel() else 0
         torch.testing.assert_close(a.double(), b, rtol=0, atol=close)
 
-
 @pytest.mark.parametrize(
     ("rows", "shape", "dtype", "plain"),
     [
@@ -185,7 +168,6 @@ def test_few_rows_by_a_large_weight_go_another_way(monkeypatch, rows, shape, dty
     )
     deepseek_v3.linear(torch.ones(rows, shape[1], dtype=dtype), torch.ones(*shape, dtype=dtype))
     assert len(calls) == plain
-
 
 def test_decoding_by_large_weights_is_reading_the_prompt_at_once():
     """The ways that small models, and so most tests, do not take."""

@@ -25,13 +25,11 @@ DTYPE = st.sampled_from(DTYPES)
 SIDES = st.sampled_from(["left", "right"])
 SEEDS = st.integers(0, 999)
 
-
 def examples(count):
     """The same `count` cases in every run."""
     slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
     how = dict(derandomize=True, deadline=None, database=None, suppress_health_check=slow)
     return settings(max_examples=count, **how)
-
 
 @st.composite
 def sizes(draw, **fixed):
@@ -53,14 +51,11 @@ def sizes(draw, **fixed):
     layers |= dict(attention_bias=draw(st.booleans()), tie_word_embeddings=draw(st.booleans()))
     return heads | widths | experts | layers | fixed
 
-
 def rows_of(lengths):
     return [tokens(length, seed=i) for i, length in enumerate(lengths)]
 
-
 LENGTHS = st.lists(st.integers(1, 8), min_size=1, max_size=3)
 ENDS = st.sets(st.integers(1, 8), max_size=8)
-
 
 @examples(40)
 @given(sizes(), LENGTHS, SIDES, ENDS, st.booleans(), st.sampled_from(FORMS), SEEDS)
@@ -81,7 +76,6 @@ def test_any_chunks_behind_a_cache_and_any_form_of_attention_are_one_pass(
     held = config["kv_lora_rank"] + config["qk_rope_head_dim"]
     assert cache.bytes == 8 * held * ids.numel() * config["num_hidden_layers"]
 
-
 @examples(30)
 @given(sizes(), st.lists(st.integers(0, 8), min_size=1, max_size=4).filter(any), HEAD, SEEDS)
 def test_a_row_is_itself_alone_in_a_batch_and_under_either_padding(config, lengths, cls, seed):
@@ -98,7 +92,6 @@ def test_a_row_is_itself_alone_in_a_batch_and_under_either_padding(config, lengt
             close(found if cls is DeepseekV3ForSequenceClassification else found[real], alone.logits[0])
             for k, ahead in enumerate(alone.mtp_logits or (), 1):
                 close(out.mtp_logits[k - 1][i][(real[k:] & real[:-k]).nonzero()[:, 0]], ahead[0])
-
 
 @examples(20)
 @given(sizes(), st.lists(LENGTHS, min_size=1, max_size=3), SEEDS)
@@ -117,7 +110,6 @@ def test_a_packed_document_is_itself_alone(config, lengths, seed):
             for k, ahead in enumerate(alone.mtp_logits or (), 1):
                 close(out.mtp_logits[k - 1][i, start : end - k], ahead[0])
 
-
 @examples(30)
 @given(sizes(), st.integers(2, 8), st.data(), SEEDS)
 def test_a_later_token_changes_no_earlier_logit(config, T, data, seed):
@@ -129,7 +121,6 @@ def test_a_later_token_changes_no_earlier_logit(config, T, data, seed):
     for depth, (before, after) in enumerate(zip(one.mtp_logits or (), two.mtp_logits or (), strict=True), 1):
         rows = max(0, changed - depth)  # row i has read token i + depth
         close(before[:, :rows], after[:, :rows])
-
 
 @examples(100)
 @given(sizes(), DTYPE, st.sampled_from([0.01, 1, 30]), st.sampled_from([0, 0.3, 5, 100]), SEEDS)
@@ -159,7 +150,6 @@ def test_routing_stays_in_its_groups_and_gates_sum_to_the_factor(config, dtype, 
     assert weights.isfinite().all()  # below, where all scores underflow
     assert scores.dtype == torch.promote_types(dtype, torch.float32)
 
-
 @examples(20)
 @given(sizes(), HEAD, DTYPE, st.sampled_from(["5GB", "2KB", 1]), SEEDS)
 def test_what_is_saved_is_loaded_bit_for_bit(tmp_path_factory, config, cls, dtype, size, seed):
@@ -176,7 +166,6 @@ def test_what_is_saved_is_loaded_bit_for_bit(tmp_path_factory, config, cls, dtyp
         assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor), name
     written = again.config.to_dict()
     assert {name: written[name] for name in model.config.to_dict()} == model.config.to_dict()
-
 
 @examples(30)
 @given(st.integers(1, 300), st.integers(1, 300), st.sampled_from(DTYPES[:2]), st.integers(0, 60), SEEDS)
@@ -200,9 +189,7 @@ def test_fp8_is_within_half_a_step_of_each_block(rows, columns, dtype, decades, 
     half_a_step = torch.maximum(spread(largest) / 448 * 2**-10, weight.float().abs() / 16)
     assert ((again - weight.float()).abs() <= half_a_step * (1 + 1e-5)).all()
 
-
 TEMPERATURES = st.floats(0.05, 5) | st.sampled_from([1e-300, 1e-40, 1e-6, 1e6, 1e300])
-
 
 @examples(150)
 @given(

@@ -8,6 +8,7 @@ import torch
 from helpers import KIMI_K2, MOONLIGHT, V3, router_biases, tokens
 
 from deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM, DeepseekV3Model, yarn_mscale
+from deepseek_v3 import blocks_of, find_tensor, released_in_fp8, released_names
 
 EMBEDDING = 129280 * 7168  # and as many in the head
 EXPERT = 44_040_192  # 3 x 7168 x 2048
@@ -26,27 +27,22 @@ V2 = V2_LITE | dict(
 )  # fmt: skip
 CONFIGS = {"V3": V3, "V2": V2, "V2-Lite": V2_LITE, "Moonlight": MOONLIGHT, "Kimi-K2": KIMI_K2}
 
-
 @cache
 def on_meta(name):
     """The full-size model without memory for its weights."""
     with torch.device("meta"):
         return DeepseekV3ForCausalLM(DeepseekV3Config(**CONFIGS[name]))
 
-
 def count(module):
     """Parameters, each once."""
     return sum(parameter.numel() for parameter in module.parameters())
 
-
 def mtp_layers(model):
     return model.model.layers[model.config.num_hidden_layers :]
-
 
 def total(name):
     """Parameters of the main model."""
     return count(on_meta(name)) - count(mtp_layers(on_meta(name)))
-
 
 def idle(model, layers):
     """Parameters of the routed experts that a token does not visit."""
@@ -55,15 +51,12 @@ def idle(model, layers):
     experts = [layer.mlp.experts for layer in layers if hasattr(layer.mlp, "experts")]
     return round(sum(count(module) for module in experts) * share)
 
-
 def activated(name):
     """Parameters that a token uses in the main model, embedding and head included."""
     model = on_meta(name)
     return total(name) - idle(model, model.model.layers[: model.config.num_hidden_layers])
 
-
 # ---- Parameters ----
-
 
 @pytest.mark.parametrize(
     ("name", "parameters", "of_a_token", "outside"),
@@ -83,7 +76,6 @@ def test_total_and_activated_parameters(name, parameters, of_a_token, outside):
     assert total(name) - outside == parameters
     assert activated(name) - outside == of_a_token
 
-
 def test_v3_parts():
     layers = on_meta("V3").model.layers
     assert count(on_meta("V3").model.embed_tokens) == count(on_meta("V3").lm_head) == EMBEDDING
@@ -96,11 +88,9 @@ def test_v3_parts():
     assert sum(count(layer.mlp.experts) for layer in layers[3:61]) == 653_908_770_816  # 97 %
     assert activated("V3") - EMBEDDING == 36_625_603_584
 
-
 def test_router_biases_are_scalars_beside_the_parameters():
     sizes = [bias.numel() for bias in router_biases(on_meta("V3"))]
     assert (sum(sizes[:-1]), sum(sizes)) == (14_848, 15_104)
-
 
 def test_mtp_adds_11_6_billion_and_shares_embedding_and_head():
     mtp = mtp_layers(on_meta("V3"))
@@ -110,9 +100,18 @@ def test_mtp_adds_11_6_billion_and_shares_embedding_and_head():
     # The released repository repeats both.
     assert count(on_meta("V3")) + 2 * EMBEDDING == 684_489_830_400
 
+def test_kimi_k2_s_inventory():
+    """Tensors and elements of the published repository, but for an old buffer in each of 61 layers (3,416
+    elements together), which loading passes over."""
+    model, sizes = on_meta("Kimi-K2"), []
+    for name, pieces in released_names(model).items():
+        tensor = find_tensor(model, name)
+        each = [tensor[part].shape for part in pieces.values()]
+        scales = [torch.Size(blocks_of(shape)) for shape in each if released_in_fp8(name, tensor)]
+        sizes += [shape.numel() for shape in each + scales]
+    assert (len(sizes) + 61, sum(sizes) + 3_416) == (139_644, 1_026_470_731_056)
 
 # ---- Cache ----
-
 
 @pytest.mark.parametrize(("layers", "bytes_a_token"), [(61, 70_272), (60, 69_120)])
 def test_cache_bytes_a_token(layers, bytes_a_token):
@@ -125,13 +124,10 @@ def test_cache_bytes_a_token(layers, bytes_a_token):
         held = model(tokens(1, 10), use_cache=True).past_key_values
     assert held.bytes == 10 * bytes_a_token
 
-
 # ---- YaRN ----
-
 
 def inv_freq(name):
     return on_meta(name).model.rotary_emb.inv_freq
-
 
 def test_yarn_frequencies():
     """Kept up to pair 10, slowed by 40 from pair 23 on: bounds of 10.472 and 22.513, rounded outwards."""
@@ -139,7 +135,6 @@ def test_yarn_frequencies():
     published |= {23: 3.3338e-5, 31: 3.33380e-6}
     found = {pair: inv_freq("V3")[pair].item() for pair in published}
     assert found == pytest.approx(published, rel=2e-6)
-
 
 @pytest.mark.parametrize(
     ("changes", "kept"),
@@ -159,21 +154,16 @@ def test_yarn_stays_inside_the_pairs_there_are(changes, kept):
     share = (DeepseekV3Model(config).rotary_emb.inv_freq / plain - 1 / 40) / (1 - 1 / 40)
     assert share.tolist() == pytest.approx(kept, abs=1e-5)
 
-
 def test_yarn_is_off_at_a_factor_of_1_and_on_above():
     assert [yarn_mscale(factor, 1.0) for factor in (0.5, 1, 1.5)] == pytest.approx([1, 1, 1.0405465])
 
-
 SCALES = [("V3", 0.1352337788609), ("Moonlight", 0.0721687836), ("Kimi-K2", 0.13086079996)]  # Kimi: 1.8133 more
-
 
 @pytest.mark.parametrize(("name", "scale"), SCALES)
 def test_softmax_scale(name, scale):
     assert DeepseekV3Config(**CONFIGS[name]).softmax_scale == pytest.approx(scale, rel=1e-9)
 
-
 M, M2 = 1.3688879454, 1.2608037774  # 0.1 m ln 40 + 1 for m = 1 (V3) and m = 0.707 (V2)
-
 
 @pytest.mark.parametrize(
     ("mscale", "all_dim", "more", "softmax", "length"),
@@ -196,9 +186,7 @@ def test_the_softmax_takes_mscale_all_dim_and_cos_and_sin_the_ratio(mscale, all_
     assert rotary.factor == pytest.approx(length)
     torch.testing.assert_close((cos**2 + sin**2).sqrt(), torch.full_like(cos, length))
 
-
 # ---- Compute ----
-
 
 @pytest.mark.parametrize(("name", "published"), [("V3", 250.46), ("V2", 155.31)])
 def test_training_compute_a_token(name, published):
@@ -208,7 +196,6 @@ def test_training_compute_a_token(name, published):
     products = 6 * (activated(name) - config.vocab_size * config.hidden_size)
     attention = 3 * config.num_hidden_layers * config.num_attention_heads * widths * 4096
     assert (products + attention) / 1e9 == pytest.approx(published, abs=0.01)
-
 
 @pytest.mark.parametrize(
     ("new", "keys", "absorb"),

@@ -13,7 +13,6 @@ from deepseek_v3 import DeepseekV3ForCausalLM
 
 load = DeepseekV3ForCausalLM.from_pretrained
 
-
 class Touch:
     """A pickle of it makes a file when it is read."""
 
@@ -22,7 +21,6 @@ class Touch:
 
     def __reduce__(self):
         return open, (str(self.path), "w")
-
 
 def test_code_and_pickles_beside_the_weights_stay_where_they_are(tmp_path):
     model, trap = build(), tmp_path / "trap"
@@ -42,7 +40,6 @@ def test_code_and_pickles_beside_the_weights_stay_where_they_are(tmp_path):
     pickle.loads((tmp_path / "model.pkl").read_bytes())
     assert trap.exists()  # the traps do work
 
-
 @pytest.mark.parametrize("place", ["../outside.json", "{root}/outside.json", "..", "/", "", "config.json\0"])
 def test_a_file_cannot_name_a_config_outside_its_folder(tmp_path, place):
     folder, model = tmp_path / "checkpoint", build()
@@ -51,7 +48,6 @@ def test_a_file_cannot_name_a_config_outside_its_folder(tmp_path, place):
     metadata = {"format": "pt", "config": place.format(root=tmp_path)}
     save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors", metadata=metadata)
     assert load(folder).config == model.config
-
 
 @pytest.mark.parametrize(
     "template",
@@ -84,7 +80,6 @@ def test_a_chat_template_escapes_and_breaks_nothing(tmp_path, template):
     with pytest.raises(ValueError, match="chat template"):
         deepseek_v3.chat_prompt(tmp_path, "hi")
 
-
 @pytest.mark.parametrize("token", [5, ["a"], {"lstrip": True}, {"content": 5}])
 def test_tokens_of_a_chat_template_that_are_no_text_are_refused(tmp_path, token):
     settings = {"chat_template": "{{ bos_token + messages[0].content }}", "bos_token": token}
@@ -92,9 +87,8 @@ def test_tokens_of_a_chat_template_that_are_no_text_are_refused(tmp_path, token)
     with pytest.raises(ValueError, match="chat template|bos_token"):
         deepseek_v3.chat_prompt(tmp_path, "hi")
 
-
 def test_a_name_of_the_hub_is_a_folder_that_is_not_there(monkeypatch):
     monkeypatch.setattr(socket, "socket", lambda *_, **__: pytest.fail("the network was asked"))
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("the network was asked"))
-    with pytest.raises(FileNotFoundError, match="deepseek-ai/DeepSeek-V3"):
+    with pytest.raises(FileNotFoundError, match="download it first: hf download deepseek-ai/DeepSeek-V3 --"):
         load("deepseek-ai/DeepSeek-V3")

@@ -25,7 +25,6 @@ SMALL = {
     "num_nextn_predict_layers": 1,
 }  # fmt: skip
 
-
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
@@ -34,20 +33,17 @@ def text(tmp_path_factory):
         (folder / f"{i:02d}.py").write_text("".join(lines))
     return folder
 
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "small.json"
     path.write_text(json.dumps(SMALL))
     return path
 
-
 @pytest.fixture(scope="module")
 def words(text, small):
     """The command line of a small run, to which a test adds --out and more."""
     sizes = "--vocab-size 270 --batch 4 --length 16 --steps 6 --save-every 2 --eval-every 3"
     return ["train", "--data", str(text), "--config", str(small), *sizes.split(), "--device", "cpu"]
-
 
 @pytest.fixture(scope="module")
 def whole(words, tmp_path_factory):
@@ -56,18 +52,14 @@ def whole(words, tmp_path_factory):
     run.run()
     return run
 
-
 def trainer(words, *more):
     return deepseek_v3.Trainer(deepseek_v3.parser().parse_args([*words, *map(str, more)]))
-
 
 def metrics(out):
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
-
 def losses(out):
     return [(line["step"], line["loss"], line["grad_norm"], line["max_violation"]) for line in metrics(out)]
-
 
 def test_the_tokenizer_writes_any_text_and_begins_with_the_two_special_tokens(text):
     tokenizer = deepseek_v3.train_tokenizer(sorted(text.iterdir()), 300)
@@ -76,10 +68,8 @@ def test_the_tokenizer_writes_any_text_and_begins_with_the_two_special_tokens(te
     assert tokenizer.decode(ids) == strange and ids[0] == 0 and min(ids[1:]) > 1
     assert (tokenizer.token_to_id(deepseek_v3.BOS), tokenizer.token_to_id(deepseek_v3.EOS)) == (0, 1)
 
-
 def corpus(tokens, T=4, seed=0):
     return deepseek_v3.Corpus(np.array(tokens, np.uint16), 0, T, seed)
-
 
 def test_a_step_has_windows_of_its_own_and_none_is_held_out():
     """They follow from seed and step alone, so that a resumed run goes on as it would have."""
@@ -93,26 +83,21 @@ def test_a_step_has_windows_of_its_own_and_none_is_held_out():
     assert seen.max() < first and last == 401 and len(held_out) == 7  # each scores three more of 20 tokens
     assert len(seen.unique()) > 0.95 * (first - 2)
 
-
 def test_no_document_is_asked_to_predict_the_next_one():
     data = corpus([0, 5, 6, 1] * 60)
     batch = data.batch(0, 8)
     assert torch.equal(batch["labels"], batch["input_ids"].masked_fill(batch["input_ids"] == 0, -100))
 
-
 def test_too_short_a_corpus_is_refused():
     with pytest.raises(ValueError, match="corpus of 30 tokens is too short"):
         corpus(range(30))
 
-
 def test_tokens_are_two_bytes_until_the_vocabulary_needs_four():
     assert deepseek_v3.token_dtype(65536) is np.uint16 and deepseek_v3.token_dtype(65537) is np.uint32
-
 
 def test_the_learning_rate_follows_the_report():
     rate = [deepseek_v3.learning_rate_factor(p, 0.02) for p in (0, 0.01, 0.5, 12.15 / 14.8, 0.97, 0.995)]
     assert rate == pytest.approx([0, 0.5, 1, 0.55, 0.1, 7.3e-6 / 2.2e-4], abs=1e-3)
-
 
 def test_a_run_logs_what_the_contract_names_and_leaves_a_checkpoint(words, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
@@ -137,11 +122,9 @@ def test_a_run_logs_what_the_contract_names_and_leaves_a_checkpoint(words, tmp_p
     deepseek_v3.main(["generate", str(out), "def", "--max-new-tokens", "5"])
     assert capsys.readouterr().out.startswith("def")
 
-
 def test_another_seed_is_another_run(words, whole, tmp_path):
     """The same seed is the same one, or no run below could be compared with `whole`."""
     assert trainer(words, "--out", tmp_path, "--seed", 1).train_step()["loss"] != losses(whole.out)[0][1]
-
 
 def test_every_saved_state_resumes_with_the_same_weights_bias_and_losses(words, whole, tmp_path):
     for stop in (1, 5):
@@ -157,11 +140,9 @@ def test_every_saved_state_resumes_with_the_same_weights_bias_and_losses(words, 
         for name, tensor in whole.model.state_dict().items():
             assert torch.equal(tensor, second.model.state_dict()[name]), name
 
-
 def test_accumulating_parts_of_a_batch_changes_nothing(words, whole, tmp_path):
     trainer(words, "--out", tmp_path, "--accumulate", 4).run()
     np.testing.assert_allclose(losses(whole.out), losses(tmp_path), rtol=1e-4)
-
 
 def test_two_processes_train_the_same_model_and_one_goes_on_from_their_state(words, whole, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
@@ -177,7 +158,6 @@ def test_two_processes_train_the_same_model_and_one_goes_on_from_their_state(wor
     for name, tensor in one.state_dict().items():
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
 
-
 def test_only_the_last_whole_states_are_kept_and_resumed_from(words, tmp_path):
     trainer(words, "--out", tmp_path, "--save-every", 1).run()
     states = sorted(path.name for path in (tmp_path / "states").iterdir())
@@ -189,7 +169,6 @@ def test_only_the_last_whole_states_are_kept_and_resumed_from(words, tmp_path):
     assert trainer(words, "--out", tmp_path, "--overwrite").step == 0
     assert metrics(tmp_path) == [] and not (tmp_path / "states").exists()
 
-
 def test_another_run_is_not_resumed(words, whole, tmp_path):
     other = tmp_path / "other.json"
     other.write_text(json.dumps(SMALL | {"intermediate_size": 64}))
@@ -198,7 +177,6 @@ def test_another_run_is_not_resumed(words, whole, tmp_path):
         change = ("--config", other) if name == "intermediate_size" else (f"--{name}", now)
         with pytest.raises(ValueError, match=f"--resume: {name} is {now}, but was {then}"):
             trainer(words, "--out", whole.out, "--resume", *change)
-
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(words, tmp_path):
     run = trainer(words, "--out", tmp_path)
@@ -210,12 +188,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(w
         run.run()
     assert [path.name for path in (tmp_path / "states").iterdir()] == ["step-00000002"]
 
-
 def test_a_python_without_its_sources_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(deepseek_v3.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(ValueError, match="came without its sources, give --data"):
         deepseek_v3.corpus_files(None)
-
 
 def test_ctrl_c_in_the_middle_of_a_step_saves_a_whole_one(words, whole, tmp_path, monkeypatch):
     before = signal.getsignal(signal.SIGINT)
@@ -233,7 +209,6 @@ def test_ctrl_c_in_the_middle_of_a_step_saves_a_whole_one(words, whole, tmp_path
     assert signal.getsignal(signal.SIGINT) is before
     trainer(words, "--out", tmp_path / "stopped", "--resume").run()
     assert losses(tmp_path / "stopped") == losses(whole.out)
-
 
 @pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification"])
 def test_a_classification_head_is_fine_tuned_from_a_causal_checkpoint(tmp_path, head):

@@ -445,12 +445,3 @@ def test_checkpoints_are_read_both_ways(tmp_path, row):
     expected = run(pair, ids)[0].logits
     for out in run(Pair(ours, theirs), ids):
         assert_close(out.logits, expected, "logits")
-
-def test_transformers_loads_the_main_model_of_a_checkpoint_with_mtp(tmp_path):
-    ours = deepseek_v3.DeepseekV3ForCausalLM(
-        deepseek_v3.DeepseekV3Config(**(BASE | dict(num_nextn_predict_layers=1)))
-    )
-    randomise(ours, "mixed_bias")
-    ours.eval().save_pretrained(tmp_path)
-    theirs = transformers.DeepseekV3ForCausalLM.from_pretrained(tmp_path)
-    assert_close(*(out.logits for out in run(Pair(ours, theirs), batch()[0])), "logits")
