@@ -926,7 +926,7 @@ class PreTrainedModel(nn.Module):
     def resize_token_embeddings(self, size: int) -> nn.Module:
         """Make room for `size` tokens; rows of new ones are the mean of the old."""
         for module in filter(None, (self.get_input_embeddings(), self.get_output_embeddings())):
-            old = module.weight  # (vocab, D)
+            old = module.weight
             rows = torch.cat([old, old.mean(0, keepdim=True).expand(max(0, size - len(old)), -1)])[:size]
             module.weight = nn.Parameter(rows.contiguous(), old.requires_grad)
             module.num_embeddings = module.out_features = size
@@ -1017,8 +1017,6 @@ class DeepseekV3Model(PreTrainedModel):
         `return_dict=False` asks for a plain tuple.
         """
         check_inputs(input_ids, inputs_embeds, self.config)  # section 10, as all checks
-        output_attentions = output_attentions or getattr(self.config, "output_attentions", False)
-        output_hidden_states = output_hidden_states or getattr(self.config, "output_hidden_states", False)
         x = embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, D)
         cache = LatentCache() if use_cache and past_key_values is None else past_key_values
         check_context(self, x, attention_mask, position_ids, cache)
@@ -2452,6 +2450,7 @@ def corpus_files(data):
     """The files of a file or folder, or of the Python standard library, and how many are passed over."""
     root = Path(sysconfig.get_path("stdlib") if data is None else data)
     if root.is_file():
+        any(False for _ in read_pieces(root))  # an error names it, if it is no text
         return [root], 0
     every = [path for path in sorted(root.rglob("*.py" if data is None else "*")) if path.is_file()]
     skipped = UNTYPICAL if data is None else {"__pycache__"}
