@@ -853,6 +853,10 @@ class ModelOutput:
     def to_tuple(self) -> tuple:
         return self[:]
 
+    def as_asked(self, return_dict: bool | None) -> Self | tuple:
+        """This, or with return_dict=False a plain tuple."""
+        return self[:] if return_dict is False else self
+
 # FSDP, DDP, torch.export and torch.func look for tensors in a model's output: they are in its fields.
 torch.export.register_dataclass(ModelOutput, serialized_type_name="deepseek_v3.ModelOutput")
 
@@ -1027,15 +1031,14 @@ class DeepseekV3Model(PreTrainedModel):
         last = self.norm(x.to(home(self.norm, x))).to(embeds.device)  # (B, T, D)
         if cache is not None:
             cache.advance(documents, x.shape[1])
-        out = ModelOutput(
+        return ModelOutput(
             last_hidden_state=last, past_key_values=cache, inputs_embeds=embeds,
             documents=None if documents is None else documents[:, -x.shape[1] :],
             hidden_states=(embeds, *states[:-1], last) if output_hidden_states else None,
             attentions=attentions if output_attentions else None,
             routing=tuple(filter(None, routings)) if output_routing or self.training else None,
             balance_loss=balance(layers, routings, documents, last) if self.training else None,  # section 9
-        )  # fmt: skip
-        return out[:] if return_dict is False else out
+        ).as_asked(return_dict)  # fmt: skip
 
     def context(self, positions: Tensor, documents: Maybe, mask: Maybe, cache: LatentCache | None) -> Context:
         """What all layers share, from where the new tokens (B or 1, T) stand."""
@@ -1099,7 +1102,7 @@ class DeepseekV3ForCausalLM(PreTrainedModel):
             self.look_ahead(out, attention_mask, position_ids)
         if labels is not None:
             causal_losses(self, out, labels, num_items_in_batch)  # section 9
-        return out[:] if return_dict is False else out
+        return out.as_asked(return_dict)
 
     @property
     def mtp_blocks(self) -> nn.ModuleList:
@@ -1183,7 +1186,7 @@ class DeepseekV3ForTokenClassification(PreTrainedModel):
         out.logits = self.score(self.pool(out.last_hidden_state, input_ids, attention_mask))
         if labels is not None:
             classification_loss(self, out, labels, num_items_in_batch)  # section 9
-        return out[:] if return_dict is False else out
+        return out.as_asked(return_dict)
 
     def pool(self, hidden: Tensor, input_ids: Maybe, attention_mask: Maybe) -> Tensor:
         return hidden
@@ -1307,7 +1310,7 @@ def update_router_bias(model: PreTrainedModel, gamma: float, centred: bool) -> l
     routers = [module for module in model.modules() if isinstance(module, Router)]
     if not routers:
         return []
-    loads = torch.stack([router.load.to(model.device) for router in routers])  # (routers, E)
+    loads = torch.stack([router.load.to(model.device) for router in routers])
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(loads)  # of the global batch, on every rank
     total, E = loads.sum(-1, keepdim=True), loads.shape[-1]
@@ -1490,7 +1493,7 @@ class Sampling:
         (B, T, vocab), logits = logits.shape, upcast(logits).clone()
         for rows, ids in gained.histories():
             for t in range(T):
-                before = torch.cat([ids, drafts[rows, :t]], 1)  # (B or 1, n)
+                before = torch.cat([ids, drafts[rows, :t]], 1)
                 real = F.pad(gained.real[rows], (0, before.shape[1] - gained.real.shape[1]), value=True)
                 scores = self.penalise(logits[rows, t], before, real).expand(B, -1)
                 for each in self.processors:  # one row alone stands at its place among its like
