@@ -707,11 +707,16 @@ class Experts(nn.Module):
         return out.to(x.dtype).view_as(x)
 
     def kernel_takes(self, x: Tensor, dtype: torch.dtype) -> bool:
-        """GPU, or training on a CPU: the grouped kernel, for widths of whole 16 bytes, not in FP8.
+        """Whether the grouped kernel is the better one, for widths of whole 16 bytes, not in FP8.
 
-        In inference on a CPU the loop is as fast, and reads no expert that nobody visits.
+        It is in training on a CPU; in inference the loop is as fast, and reads no expert that nobody
+        visits. GPUs have it for bfloat16 since Hopper; others go through all experts, not the visited.
         """
-        if not (x.is_cuda or x.requires_grad or is_traced(x)):
+        if x.is_cuda and not is_traced(x):
+            better = dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+        else:
+            better = x.requires_grad or is_traced(x)
+        if not better:
             return False
         plain = self.gate_proj.dtype != FP8 and dtype in (torch.float32, torch.bfloat16)
         return plain and all(dtype.itemsize * width % 16 == 0 for width in self.gate_proj.shape[1:])
@@ -741,7 +746,7 @@ class Experts(nn.Module):
         hidden = F.silu(product(rows, gate, offs=ends)) * product(rows, up, offs=ends)  # (B*T*K, F)
         visits = product(hidden, down, offs=ends)  # (B*T*K, D)
         visits = torch.empty_like(visits).index_copy_(0, order, visits).unflatten(0, weights.shape)
-        return (visits * weights.unsqueeze(-1)).sum(-2)  # (B*T, D) Eq. 12
+        return (weights.unsqueeze(1).to(visits.dtype) @ visits).squeeze(1)  # (B*T, D) Eq. 12
 
 class MoE(nn.Module):
     """Shared experts for every token, K routed ones by choice, Eq. 12; x (B, T, D) -> the same, Routing."""
