@@ -51,7 +51,6 @@ def tiny_config(**changes):
     sizes |= dict(intermediate_size=288, moe_intermediate_size=64)
     return ds.DeepseekV3Config.tiny(**(sizes | changes))
 
-@torch.enable_grad()  # notebooks may have switched gradients off
 def train(model, steps=250, gamma=2e-3, lr=3e-3, seed=0, each=None):
     """Train on the corpus but its last twentieth; each(step, output, violations) after every step."""
     corpus = stdlib_corpus()
@@ -70,14 +69,14 @@ def train(model, steps=250, gamma=2e-3, lr=3e-3, seed=0, each=None):
     return model.eval()
 
 def trained_tiny(steps=250, seed=0, **changes):
-    """A small trained model; the first call trains it, about 30 s, the next ones read .cache/."""
+    """A small trained model, frozen; the first call trains it, about 30 s, the next ones read .cache/."""
     steps, config = 20 if FAST else steps, tiny_config(**changes)
     told = Path(ds.__file__).read_text() + json.dumps(config.to_dict(), sort_keys=True) + f"{steps} {seed}"
     folder = Path(__file__).resolve().parent / ".cache" / f"tiny-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
     if not (folder / "config.json").is_file():
         torch.manual_seed(seed)
         train(ds.DeepseekV3ForCausalLM(config), steps, seed=seed).save_pretrained(folder)
-    return ds.DeepseekV3ForCausalLM.from_pretrained(folder)
+    return ds.DeepseekV3ForCausalLM.from_pretrained(folder).requires_grad_(False)
 
 def shown(byte):
     """One visible character for a byte."""

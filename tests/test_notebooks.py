@@ -164,21 +164,56 @@ def test_exercises_as_they_are_solved_and_wrong(notebook, space):
             assert told.endswith(reason.lstrip("# ")), (told, reason)
         assert "raised KeyError" in verdict(f"{stub}raise KeyError('x')\n{checked}", space)
 
-def test_what_the_helper_says(monkeypatch, capsys):
+@pytest.fixture
+def nb(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "notebooks"))
-    import nbhelp as nb
+    import nbhelp
 
-    nb.predict("bytes", 4_000_000, 70_272)
-    nb.predict("bytes", 70_272, 70_272)
-    nb.predict("bytes", None, 70_272)
-    nb.predict("which", "Rotary", "rotary")
-    told = capsys.readouterr().out
-    assert "actual 70,272 · you 4,000,000 · 56.9× too high" in told
-    assert "you 70272 · right" in told and "type your guess" in told and "you Rotary · right" in told
+    return nbhelp
 
+def test_predictions_stay_hidden_until_a_guess(nb, capsys):
+    for guess in (None, "", nb.TODO, "no idea", [1, 2], 2j, torch.ones(2), float("nan"), "1/0"):
+        nb.predict("bytes", guess, 70_272)
+        told = capsys.readouterr().out
+        assert told.startswith("bytes\n") and "70,272" not in told, guess
+    for guess in ("show", " Show"):
+        nb.predict("bytes", guess, 70_272, "B")
+        assert capsys.readouterr().out == "bytes\n  actual 70,272 B\n"
+    right = (70_272, "70,272", "70_272", "70.3k", "7.03e4", "about 70272", "70 thousand", torch.tensor(70_272))
+    for guess in right:
+        nb.predict("bytes", guess, 70_272)
+        assert "· right" in capsys.readouterr().out, guess
+    words = [("Multiply", "multiplied"), ("MORE often", "more"), ("a pad.", "padding"), ("Y", True), ("zero", 0)]
+    for guess, actual in words:
+        nb.predict("which", guess, actual)
+        assert "· right" in capsys.readouterr().out, guess
+    for guess, told in ((4_000_000, "you 4,000,000 · 56.9× too high"), (-7, "wrong sign"), (0, "not so")):
+        nb.predict("bytes", guess, 70_272)
+        assert told in capsys.readouterr().out
+    nb.predict("which", "divided", "multiplied")
+    assert "not so" in capsys.readouterr().out
+
+def test_committed_predictions_show_no_answer(notebook):
+    for cell in code_cells(notebook):
+        asked = [line for line in printed(cell).splitlines() if line.startswith("  hidden: type your guess")]
+        assert len(asked) >= cell.source.count("nb.predict("), cell.source
+        assert "\n  actual " not in printed(cell)
+
+def test_helper_never_raises(nb, monkeypatch, capsys):
+    nb.check("5.1", lambda loads: loads.new_tensor(1.5), (torch.tensor([[4.0, 4, 4, 4], [9, 1, 1, 1]]),))
+    nb.check("5.1", lambda loads: loads * torch.nan, (torch.ones(1, 4),), like=lambda loads: loads)
+    nb.check("5.1", None), nb.check("5.1", print, (torch.ones(1, 4),)), nb.check("99.9", print), nb.hint("x")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:5] for line in lines[:2]] == ["✗ 5.1", "✗ 5.1"] or lines[0].startswith("✓ 5.1")
+    assert any("4 of 4 numbers are NaN" in line for line in lines) and "no exercise 'x'" in lines[-1]
+    monkeypatch.setattr(nb.Path, "is_file", lambda path: False)
+    nb.check("5.1", print), nb.hint("5.1"), nb.solution("5.1")
+    assert capsys.readouterr().out.count("its answers are not here") == 3
+
+def test_differences_in_words(nb):
     want = torch.tensor([1.0, -torch.inf])
     assert nb.difference(want.clone(), want, 1e-6) is None
-    assert nb.difference(torch.tensor([torch.nan, -torch.inf]), want, 1e-6) == "off by up to nan"
+    assert nb.difference(torch.tensor([torch.nan, -torch.inf]), want, 1e-6) .startswith("1 of 2 numbers are NaN")
     assert nb.difference(torch.ones(1, 2), want, 1e-6) == "shape (1, 2), must be (2,)"
     assert nb.difference(None, want, 1e-6).startswith("returned NoneType")
     assert nb.difference(3, (3, 4), 1e-6) == "must return 2 values"

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: MIT
+"""The still picture of view.py: a text's tokens, routing, attention and loss as a matplotlib Figure."""
+
+from matplotlib import font_manager
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from view import COLORS, unpack
+
+PER_LINE = 110  # letters of the token strip
+
+def draw(data):
+    """A page's data -> Figure; no pyplot, so that nothing but the caller holds or closes it."""
+    state, model, opened = data["states"][-1], data["model"], data["open"]
+    tokens = spelled(data)
+    places = lay_out(tokens)
+    height = 0.42 * (places[-1][1] + 1) + 0.35
+    figure = Figure(figsize=(11, 5 + height), layout="constrained")
+    top, bottom = figure.subfigures(2, height_ratios=(height, 5))
+    left, middle, right = bottom.subplots(1, 3, width_ratios=(1, 1.2, 0.55))
+    moe = model["moe_layers"]
+    if moe:  # the opened layer, or the nearest with experts
+        at = min(range(len(moe)), key=lambda i: abs(moe[i] - opened["layer"]))
+        expert, gate = (unpack(state[name])[at] for name in ("expert", "gate"))
+        heaviest = expert[:, 0].long().tolist()
+        strip(top, model, tokens, places, heaviest, f"layer {moe[at]}: each token's heaviest expert; colour = its ")
+        gates(figure, left, model, tokens, expert, gate, f"layer {moe[at]}: gate of each expert")
+    else:
+        strip(top, model, tokens, places, None, "")
+        left.axis("off")
+        left.text(0.5, 0.5, "no MoE layers", ha="center")
+    attention(bottom, middle, state, tokens, opened)
+    losses(right, data, state, len(tokens))
+    return figure
+
+def spelled(data):
+    """The text's tokens in letters that the font has."""
+    font = font_manager.get_font(font_manager.findfont("DejaVu Sans Mono"))
+    pieces = [data["vocabulary"]["pieces"][int(i)] for i in unpack(data["tokens"])]
+    return ["".join(c if font.get_char_index(ord(c)) else "▯" for c in piece) for piece in pieces]
+
+def lay_out(tokens):
+    """(x, line, width) of each token's box, in letters."""
+    places, x, line = [], 0, 0
+    for token in tokens:
+        width = max(len(token), 2) + 0.3
+        if x and x + width > PER_LINE:
+            x, line = 0, line + 1
+        places.append((x, line, width))
+        x += width + 0.3
+    return places
+
+def strip(figure, model, tokens, places, heaviest, title):
+    """The text in boxes, coloured by the group of each token's heaviest expert, its number below."""
+    ax, grouped = figure.subplots(), model["groups"] > 1
+    ax.set(xlim=(-0.3, PER_LINE + 1), ylim=(places[-1][1] + 1, -0.05))
+    ax.set_title(title + ("group" if grouped else "number") if title else "", fontsize=10, loc="left")
+    ax.axis("off")
+    share = model["experts"] // model["groups"] if grouped else 1
+    how = {"ha": "center", "va": "center", "family": "monospace", "parse_math": False}
+    for i, (token, (x, line, width)) in enumerate(zip(tokens, places, strict=True)):
+        color = COLORS[heaviest[i] // share % 8] if heaviest else COLORS[7]
+        ax.add_patch(Rectangle((x, line), width, 0.92, color=color, alpha=0.4, lw=0))
+        ax.text(x + width / 2, line + 0.34, token, fontsize=9, **how)
+        ax.text(x + width / 2, line + 0.74, heaviest[i] if heaviest else "", fontsize=7, **how)
+
+def gates(figure, ax, model, tokens, expert, gate, title):
+    """Tokens by experts: who reads what, and how much it counts."""
+    table = gate.new_zeros(len(tokens), model["experts"]).scatter(-1, expert.long(), gate)
+    image = ax.imshow(table, cmap="cividis", aspect="auto", vmin=0, interpolation="nearest")
+    share = model["experts"] // model["groups"]
+    for edge in range(share, model["experts"], share):
+        ax.axvline(edge - 0.5, color="white", lw=1.2)
+    groups = f"; {model['groups']} groups of {share}" if model["groups"] > 1 else ""
+    ax.set_xlabel(f"expert ({model['chosen']} of {model['experts']} per token{groups})", fontsize=9)
+    ax.set_title(title, fontsize=10)
+    label(ax.yaxis, tokens)
+    figure.colorbar(image, ax=ax, fraction=0.05)
+
+def attention(figure, ax, state, tokens, opened):
+    """The opened head: rows are queries, columns keys."""
+    T, cells, layer = len(tokens), unpack(state["attention"]), opened["layer"]
+    head = min(opened["head"], cells.shape[1] - 1)
+    table = cells.new_full((T, T), float("nan"))
+    rows, columns = table.isnan().tril().nonzero(as_tuple=True)
+    table[rows, columns] = cells[layer, head]
+    image = ax.imshow(table, cmap="cividis", vmin=0, interpolation="nearest")
+    sink, distance = (float(unpack(state[name])[layer, head]) for name in ("sink", "distance"))
+    ax.set_title(f"layer {layer}, head {head}: attention; {sink:.0%} on the first,\n{distance:.1f} tokens back on average",
+                 fontsize=10)  # fmt: skip
+    ax.set_xlabel("key: token that is read", fontsize=9)
+    ax.set_ylabel("query: token that reads", fontsize=9)
+    label(ax.xaxis, tokens, 90)
+    label(ax.yaxis, tokens)
+    figure.colorbar(image, ax=ax, fraction=0.05, shrink=0.8)
+
+def losses(ax, data, state, T):
+    """Loss of each token as it came, by the model and the MTP modules."""
+    loss = unpack(state["loss"])
+    for (row, source), color in zip(enumerate(data["sources"]), COLORS, strict=False):
+        if source["name"].startswith("layer") or T <= source["ahead"]:
+            continue
+        values = loss[row, : T - source["ahead"]]
+        places = range(source["ahead"], T)
+        told = f"{source['name']}: mean {float(values.mean()):.2f}"
+        ax.plot(values, places, color=color, ls="-" if row == 0 else ":", marker=".", ms=4, lw=1, label=told)
+    ax.set(ylim=(T - 0.5, -0.5), xlim=(0, None))
+    ax.set_xlabel("nats", fontsize=9)
+    ax.set_title("loss of each token", fontsize=10)
+    ax.tick_params(labelsize=8)
+    if T > 1:
+        ax.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, -0.32), frameon=False)
+
+def label(axis, tokens, rotation=0):
+    """Name the ticks by tokens where there is room; else leave their numbers."""
+    if len(tokens) <= 64:
+        how = {"family": "monospace", "rotation": rotation, "fontsize": 7 if len(tokens) > 32 else 8}
+        axis.set_ticks(range(len(tokens)), tokens, parse_math=False, **how)
