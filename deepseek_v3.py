@@ -66,7 +66,7 @@ import time
 import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
@@ -1993,12 +1993,14 @@ GENERATION = "generation_config.json"
 TOKENIZER_FILES = ("tokenizer*", "tokenization_*.py", "*.model", "special_tokens_map.json", "added_tokens.json")
 TOKENIZER_FILES += ("vocab.json", "merges.txt", "chat_template*")
 INDEX, SINGLE, SHARD = "model.safetensors.index.json", "model.safetensors", r"[^/\\]+\.safetensors"
+STAGING, JOURNAL = ".saving", ".saving.json"  # of a save in progress: its files, and the names they will get
 
 class Checkpoint:
     """The tensors of a folder by name; a file is opened when something in it is asked for."""
 
     def __init__(self, directory):
         self.directory, self.found, self.newest = existing(directory), {}, (None, None)
+        self.config = DeepseekV3Config.from_pretrained(directory)  # another kind of model is said first
         if os.path.isfile(self.directory / SINGLE):  # it goes before an index, as in transformers
             whole = self.open(SINGLE)
             self.files, metadata = dict.fromkeys(whole.keys(), SINGLE), whole.metadata()
@@ -2013,11 +2015,9 @@ class Checkpoint:
         # transformers saves a model without a head under names that begin inside of `model.`
         self.within = "model." if "embed_tokens.weight" in self.files else ""
         self.files = {self.within + name: file for name, file in self.files.items()}
-        # A save killed just before its last renaming leaves its config under this hidden name.
-        pending = metadata.get("config") if isinstance(metadata, dict) else None
-        self.config_file = self.directory / Path(str(pending)).name
-        if not os.path.isfile(self.config_file):
-            self.config_file = self.directory / "config.json"
+        # Behind a save that was killed, config.json may be an older one: the weights have their own.
+        if os.path.isfile(self.directory / JOURNAL) and isinstance(metadata, dict) and "config" in metadata:
+            self.config = DeepseekV3Config(**json.loads(metadata["config"]))
 
     def open(self, file):
         """A file. Only the newest stays open, since its pages stay in memory as long as it does."""
@@ -2109,15 +2109,16 @@ def load_pretrained(cls, directory, device_map, dtype, num_hidden_layers, max_me
     require(dtype in (None, "auto", *known, *known.values()), f"{dtype=}: must be None, 'auto' or {', '.join(known)}")
     dtype = known.get(str(dtype).removeprefix("torch."))
     check_overrides(overrides)
-    if (existing(directory) / "config.json").is_file():
-        DeepseekV3Config.from_pretrained(directory)  # another kind of model is said first
     stored = Checkpoint(directory)
-    whole = DeepseekV3Config.from_pretrained(stored.config_file)
     with torch.device("meta"):
-        model = cls(config_to_load(cls, stored, whole, dtype, num_hidden_layers, overrides))
-    sources = released_names(model, whole.num_hidden_layers)
-    check_coverage(model, stored, sources, whole)
-    check_copies(stored, mtp_copies(model, whole.num_hidden_layers))
+        model = cls(config_to_load(cls, stored, dtype, num_hidden_layers, overrides))
+    depth = stored.config.num_hidden_layers
+    sources = released_names(model, depth)
+    check_coverage(model, stored, sources, stored.config)
+    for double, of in mtp_copies(model, depth).items():
+        both = (stored.read(name).view(torch.uint8) for name in (double, of) if double in stored.files)
+        same = double not in stored.files or torch.equal(*both)
+        require(same, f"{double}: differs from {of}, of which it must be a copy")
     kinds = held_kinds(model, sources, stored, dtype)
     sizes = {name: held_bytes(find_tensor(model, name), kind) for name, kind in kinds.items()}
     devices = assign_devices(model, sizes, device_map, max_memory)
@@ -2138,17 +2139,17 @@ def load_pretrained(cls, directory, device_map, dtype, num_hidden_layers, max_me
     model.tokenizer_files = {path.name: path.read_bytes() for path in files}
     return model.eval()
 
-def config_to_load(cls, stored, whole, dtype, kept, overrides):
+def config_to_load(cls, stored, dtype, kept, overrides):
     """The stored config with `overrides`, cut to `kept` layers and to the MTP modules that are there."""
-    config = DeepseekV3Config(**(whole.to_dict() | overrides))
+    config = DeepseekV3Config(**(stored.config.to_dict() | overrides))
     depth, mtp = config.num_hidden_layers, config.num_nextn_predict_layers
     possible = kept is None or type(kept) is int and 1 <= kept <= depth
     require(possible, f"num_hidden_layers={kept!r}: must be in 1..{depth}, as stored")
     config.num_hidden_layers = kept or depth
     if config.first_k_dense_replace <= depth:  # MTP modules keep experts
         config.first_k_dense_replace = min(config.first_k_dense_replace, config.num_hidden_layers)
-    layers = {int(found[1]) for name in stored.files if (found := re.match(r"model\.layers\.(\d+)\.", name))}
-    held = next(k for k in itertools.count() if k == mtp or depth + k not in layers)
+    layers = {".".join(name.split(".")[:3]) for name in stored.files}
+    held = next(k for k in range(mtp + 1) if k == mtp or f"model.layers.{depth + k}" not in layers)
     if held < mtp and issubclass(cls, DeepseekV3ForCausalLM):
         warnings.warn(f"{stored.directory}: announces {mtp} MTP modules, but holds {held}", stacklevel=4)
         config.num_nextn_predict_layers = held
@@ -2187,13 +2188,6 @@ def check_coverage(model, stored, sources, whole):
     if wrong:
         more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         raise ValueError(f"{stored.directory}: {'; '.join(sorted(wrong)[:10])}{more}")
-
-def check_copies(stored, copies):
-    """ValueError for a repeated embedding or head that is not the one that is kept."""
-    for double, of in copies.items():
-        both = (stored.read(name).view(torch.uint8) for name in (double, of) if double in stored.files)
-        if double in stored.files and not torch.equal(*both):
-            raise ValueError(f"{double}: differs from {of}, of which it must be a copy")
 
 def held_kinds(model, sources, stored, dtype=None):
     """{name: dtype it is held in}: `dtype`, or the widest stored; FP8 where there is room for scales."""
@@ -2373,66 +2367,56 @@ def save_pretrained(model, directory, max_shard_size, quantize):
     given = config.pop("quantization_config", None)
     if quantize or holds_fp8(model):
         config["quantization_config"] = given if given and holds_fp8(model) else QUANTIZATION
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-    metadata, parts = {"format": "pt", "config": f".config.{digest[:16]}.json"}, []
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, content in model.tokenizer_files.items():
-        if not (directory / name).exists():  # another's, or changed since
-            (directory / name).write_bytes(content)
+    metadata = {"format": "pt", "config": json.dumps(config, sort_keys=True)}
+    staging, parts = directory / STAGING, []
+    staging.mkdir(parents=True, exist_ok=True)
     try:
         for tensors in in_shards(stored_tensors(model, quantize), limit):
-            part = directory / f".part-{len(parts)}.tmp"
-            part.touch()
-            mode = part.stat().st_mode  # as the umask wants files to be, unlike safetensors
+            part = staging / str(len(parts))
             save_file(tensors, part, metadata=metadata)
-            part.chmod(mode)
+            part.chmod(staging.stat().st_mode & 0o666)  # as the umask wants files to be, unlike safetensors
             parts.append({name: tensor.nbytes for name, tensor in tensors.items()})
-        write_json(directory / metadata["config"], config)
+        for name, content in model.tokenizer_files.items():
+            if not (directory / name).exists():  # another's, or changed since
+                (directory / name).write_bytes(content)
         given = {name: value for name, value in vars(model.generation_config).items() if value is not None}
         if given:
             write_json(directory / GENERATION, given)
-        put_in_place(directory, parts, metadata)
+        put_in_place(directory, parts, config, metadata)
     except SafetensorError as error:
         raise OSError(f"{directory}: {error}") from None
     finally:
-        # Those of an earlier, killed save too: safetensors writes to .tmp and six letters first.
-        for pattern in (".part-*.tmp", ".tmp??????", "..config.*.tmp"):
-            for path in directory.glob(pattern):
-                path.unlink()
+        shutil.rmtree(staging, ignore_errors=True)
 
-def put_in_place(directory, parts, metadata):
-    """Exchange an older checkpoint for the files .part-*.tmp, in five steps that each leave one whole.
+def put_in_place(directory, parts, config, metadata):
+    """Exchange an older checkpoint for the staged files, in five steps that each leave one whole.
 
     The one that counts is model.safetensors, else the index. No file of the older one is touched until
-    the new one counts, after step 1 or 3; from then on its metadata name the config, until step 4.
+    the new one counts, after step 1 or 3; while there is a journal, the config in its metadata counts.
     """
-    names, older, journal = [SINGLE], files_of_older(directory), directory / ".saving.json"
+    names, older = [SINGLE], files_of_older(directory)
     if len(parts) > 1:
         numbers = [f"-{i + 1:05d}-of-{len(parts):06d}.safetensors" for i in range(len(parts))]
         choices = ([f"model{'_' * turn}{number}" for number in numbers] for turn in itertools.count())
         names = next(choice for choice in choices if not any((directory / name).exists() for name in choice))
-    write_json(journal, {"files": [*older, *names]})
+    write_json(directory / JOURNAL, {"weight_map": dict(enumerate([*older, *names]))})
     for i, name in enumerate(names):  # 1
-        (directory / f".part-{i}.tmp").replace(directory / name)
+        (directory / STAGING / str(i)).replace(directory / name)
     if len(parts) > 1:  # 2
         places = {name: file for file, part in zip(names, parts, strict=True) for name in part}
         total = {"total_size": sum(sum(part.values()) for part in parts)}
         write_json(directory / INDEX, {"metadata": metadata | total, "weight_map": places})
     (directory / (SINGLE if len(parts) > 1 else INDEX)).unlink(missing_ok=True)  # 3
-    (directory / metadata["config"]).replace(directory / "config.json")  # 4
-    stale = [directory / name for name in older - {*names}]
-    for path in (*stale, *directory.glob(".config.*.json"), journal):  # 5
-        path.unlink(missing_ok=True)
+    write_json(directory / "config.json", config)  # 4
+    for name in (*older - {*names}, JOURNAL):  # 5
+        (directory / name).unlink(missing_ok=True)
 
 def files_of_older(directory):
     """The shards that the folder's index lists, and files of a save that was killed: no others are ours."""
     found = []
-    for name, key in ((INDEX, "weight_map"), (".saving.json", "files")):
-        try:
-            listed = read_json(directory / name).get(key)
-        except (OSError, ValueError):  # there is none, or it is broken
-            continue
-        found += listed.values() if isinstance(listed, dict) else listed if isinstance(listed, list) else []
+    for name in (INDEX, JOURNAL):
+        with suppress(OSError, ValueError, KeyError, AttributeError):  # there is none, or it is broken
+            found += read_json(directory / name)["weight_map"].values()
     return {name for name in found if re.fullmatch(SHARD, str(name))} - {SINGLE}
 
 def parse_size(name, size):
