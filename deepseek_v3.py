@@ -1333,15 +1333,17 @@ def trace(model: nn.Module, *patterns: str) -> Iterator[dict[str, Any]]:
     if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
         raise ValueError("trace: a compiled model does not run hooks; trace the model that was compiled")
     names, seen = {name: module for name, module in model.named_modules() if name}, {}
-    hits = {pattern: fnmatch.filter(names, pattern) + fnmatch.filter(names, "*." + pattern) for pattern in patterns}
-    for pattern in (pattern for pattern in patterns if not hits[pattern]):
-        last = pattern.rsplit(".", 1)[-1]
-        near = [name for name in names if last in name] or list(names)
-        raise ValueError(f"no module matches {pattern!r}; there are {', '.join(near[:12])}, …")
+
+    def record(name, _module, _inputs, output):
+        seen[name] = output
+
     with ExitStack() as handles:
-        for name in itertools.chain(*hits.values()):
-            record = lambda _module, _inputs, output, name=name: seen.update({name: output})  # noqa: E731
-            handles.enter_context(names[name].register_forward_hook(record))
+        for pattern in patterns:
+            hits = fnmatch.filter(names, pattern) + fnmatch.filter(names, "*." + pattern)
+            near = [name for name in names if pattern.rsplit(".", 1)[-1] in name] or list(names)
+            require(hits, f"no module matches {pattern!r}; there are {', '.join(near[:12])}, …")
+            for name in hits:
+                handles.enter_context(names[name].register_forward_hook(partial(record, name)))
         yield seen
     if patterns and not seen:
         raise RuntimeError("trace: no matching module ran; compiled ones run no hooks, call the model itself")
@@ -1386,14 +1388,10 @@ def check_context(model: DeepseekV3Model, x: Tensor, attention_mask: Any, positi
     """ValueError for what does not go with x (B, T, D); a warning where it gets too long."""
     if torch.compiler.is_compiling():
         return
-    (B, T), config = x.shape[:2], model.config
-    ours = isinstance(cache, LatentCache | None)
-    require(ours, f"past_key_values: {described(cache)}: must be what a call before gave")
-    length, layers = (T, {}) if cache is None else (T + cache.length, cache.layers if cache.length else {})
-    for held in layers.values():
-        width = config.kv_lora_rank + config.qk_rope_head_dim
-        check_tensor("past_key_values", held, FLOATS, (B, "S", width))
-    twice = cache is not None and model.recompute and model.training
+    (B, T), config, past = x.shape[:2], model.config, check_cache(cache)
+    for held in cache.layers.values() if past else ():
+        check_tensor("past_key_values", held, FLOATS, (B, "S", config.kv_lora_rank + config.qk_rope_head_dim))
+    twice, length = cache is not None and model.recompute and model.training, past + T
     require(not twice, "gradient_checkpointing recomputes layers, and use_cache would store them twice")
     if attention_mask is not None:
         wide = [(rows, 1, T, length) for rows in (B, 1)]
@@ -1408,6 +1406,12 @@ def check_context(model: DeepseekV3Model, x: Tensor, attention_mask: Any, positi
     if length > config.max_position_embeddings:
         what = f"{length} positions, but max_position_embeddings={config.max_position_embeddings}"
         warnings.warn(f"{what}: quality may drop", stacklevel=3)
+
+def check_cache(cache: Any) -> int:
+    """How many tokens it holds; ValueError unless it is a cache, or None."""
+    ours = isinstance(cache, LatentCache | None)
+    require(ours, f"past_key_values: {described(cache)}: must be what a call before gave")
+    return 0 if cache is None else cache.length
 
 def check_request(labels: Any, logits_to_keep: Any, output_mtp: bool, past: int) -> None:
     """ValueError for what a causal LM cannot be asked for, or not together."""
@@ -1563,13 +1567,10 @@ def stop_ids(model: PreTrainedModel, eos_token_id: int | list[int] | None) -> li
 class Continuation:
     """The tokens that each row of ids (B, T) gains, up to `most`; a column is emitted once all reach it."""
 
-    def __init__(
-        self, ids: Tensor, real: Tensor, most: int, stops: list[int], pad: int | None,
-        streamer: Callable | None, statistics: list | None,
-    ) -> None:  # fmt: skip
+    def __init__(self, ids: Tensor, real: Tensor, most: int, stops: list, pad: int | None, sinks: tuple) -> None:
+        self.ids, self.real, self.most, self.stops = ids, real, most, stops
+        self.streamer, self.statistics = streamer, _ = sinks
         require(streamer is None or callable(streamer), f"{streamer=}: must be a function of token ids")
-        self.ids, self.real, self.most, self.stops, self.streamer = ids, real, most, stops, streamer
-        self.statistics = [] if statistics is None else statistics
         self.pad = (stops or [0])[0] if pad is None else pad
         self.rows, self.columns, self.finished = [[] for _ in ids], [], [most == 0] * len(ids)
 
@@ -1577,7 +1578,7 @@ class Continuation:
         """Append each row's accepted drafts (B, T-1) and the token behind them, up to its end."""
         gains = zip(self.rows, drafts.tolist(), accepted.tolist(), token.tolist(), strict=True)
         for i, (row, drafted, count, behind) in enumerate(gains):
-            if drafted and not self.finished[i]:
+            if drafted and not self.finished[i] and self.statistics is not None:
                 self.statistics.append((len(drafted), count))
             for new in [*drafted[:count], behind]:
                 if not self.finished[i]:
@@ -1676,29 +1677,23 @@ class Prompt:
     inputs_embeds: Maybe = None
     cache: LatentCache | None = None
 
-    def check(self, config: DeepseekV3Config) -> None:
-        """ValueError for what cannot be continued. Without tokens, input_ids are (B, 0) afterwards."""
-        ids, embeds, cache = self.input_ids, self.inputs_embeds, self.cache
+    def check(self, config: DeepseekV3Config, pad: int | None, stops: list[int]) -> None:
+        """ValueError for what cannot be continued. Without tokens, input_ids are (B, 0) afterwards.
+
+        Where nobody said what pad ids are, they are taken for padding, as in transformers.
+        """
+        ids, embeds, held = self.input_ids, self.inputs_embeds, check_cache(self.cache)
         check_inputs(ids if embeds is None else None, embeds, config)
         B, T = (ids if embeds is None else embeds).shape[:2]
-        if ids is None:
-            self.input_ids = torch.empty(B, 0, dtype=torch.long, device=embeds.device)
-        else:
+        if ids is not None:
             check_tensor("input_ids", ids, IDS, (B, T))
-            self.input_ids = ids.long()
+        self.input_ids = ids = (embeds.new_empty(B, 0) if ids is None else ids).long()
+        require(held < T, f"past_key_values holds {held} tokens of {T}: one or more must be left to read")
         if self.attention_mask is not None:
             check_tensor("attention_mask", self.attention_mask, MASKS, (B, T))
-        ours = isinstance(cache, LatentCache | None)
-        require(ours, f"past_key_values: {described(cache)}: must be what a call before gave")
-        held = 0 if cache is None else cache.length
-        require(held < T, f"past_key_values holds {held} tokens of {T}: one or more must be left to read")
-
-    def infer_mask(self, pad: int | None, stops: list[int]) -> None:
-        """Take pad ids for padding, as transformers does, if nobody said what they are."""
-        given = self.attention_mask is not None or self.cache is not None and self.cache.length > 0
-        if not given and pad is not None and pad not in stops and bool((self.input_ids == pad).any()):
+        elif pad is not None and pad not in stops and not held and bool((ids == pad).any()):
             warnings.warn(f"no attention_mask: pad_token_id={pad} in input_ids is taken for padding", stacklevel=4)
-            self.attention_mask = (self.input_ids != pad).long()
+            self.attention_mask = (ids != pad).long()
 
     def read(self, model: DeepseekV3ForCausalLM, rows: int, room: int) -> tuple[Tensor, LatentCache]:
         """The forward over it -> states (B * rows, T, D), and the cache, with room for so many more."""
@@ -1773,15 +1768,14 @@ def generate(
     eos_token_id: int | list[int] | None, drafts: tuple, sinks: tuple,
 ) -> Tensor:  # fmt: skip
     """DeepseekV3ForCausalLM.generate, whose settings come grouped by what they are for."""
-    prompt.check(model.config)
+    stops, pad = stop_ids(model, eos_token_id), special_id(model, "pad_token_id")
+    prompt.check(model.config, pad, stops)
     whole = type(max_new_tokens) is int and max_new_tokens >= 0
     require(whole, f"{max_new_tokens=}: must be a whole number, 0 or more")
-    stops, pad = stop_ids(model, eos_token_id), special_id(model, "pad_token_id")
-    prompt.infer_mask(pad, stops)
     ids, mask = prompt.input_ids, prompt.attention_mask
     real = torch.ones_like(ids) if mask is None else mask[:, : ids.shape[1]]
     ids, real = (x.repeat_interleave(sampling.num_return_sequences, 0) for x in (ids, real.bool()))
-    gained = Continuation(ids, real, max_new_tokens, stops, pad, *sinks)
+    gained = Continuation(ids, real, max_new_tokens, stops, pad, sinks)
     most_drafts = drafts_per_step(model, *drafts)
     with evaluating(model):
         decode(model, prompt, sampling, most_drafts, gained)
@@ -1791,11 +1785,9 @@ def drafts_per_step(model: DeepseekV3ForCausalLM, use_mtp: bool, num_draft_token
     """Tokens to draft per step, 0 without use_mtp; ValueError for what cannot be asked for."""
     hint = "train one with num_nextn_predict_layers=1, or load a checkpoint that has them"
     require(model.mtp_blocks or not use_mtp, f"use_mtp=True, but the model has no MTP modules: {hint}")
-    if num_draft_tokens is None:
-        return len(model.mtp_blocks) if use_mtp else 0
-    drafts = type(num_draft_tokens) is int and num_draft_tokens >= 1 and use_mtp
+    drafts = num_draft_tokens is None or type(num_draft_tokens) is int and num_draft_tokens >= 1 and use_mtp
     require(drafts, f"{num_draft_tokens=}, {use_mtp=}: must be 1 or more, with use_mtp=True")
-    return num_draft_tokens
+    return (len(model.mtp_blocks) if use_mtp else 0) if num_draft_tokens is None else num_draft_tokens
 
 # ---- 12. Checkpoints, in the released layout ----------------------------------------------------
 
