@@ -1959,7 +1959,7 @@ KINDS = {"F8_E4M3": FP8, "BF16": torch.bfloat16, "F16": torch.float16, "F32": to
 
 def blocks_of(shape):
     """Shape of the scales of a weight; (576, 7168) -> (5, 56)."""
-    return tuple(-(-size // BLOCK) for size in shape)
+    return (*shape[:-2], *(-(-size // BLOCK) for size in shape[-2:]))
 
 def quantise(weight, rows=BLOCK):
     """The reverse of dequantise: FP8, and scales that map the largest of each block to 448, FP8's largest.
@@ -2151,7 +2151,7 @@ def config_to_load(cls, stored, dtype, kept, overrides):
 
 def check_coverage(model, stored, sources, whole):
     """ValueError unless every tensor of the model is stored, in its shape, and nothing else is."""
-    wanted, wrong, depth = {}, [], whole.num_hidden_layers
+    wanted, depth = {}, whole.num_hidden_layers
     stacks = sorted({found[0] for name in stored.files if (found := re.search(r"experts\.[a-z_]+$", name))})
     hint = "a state_dict; save its model by save_pretrained, in transformers or here"
     require(not stacks, f"{stored.directory}: experts are stacked, as {', '.join(stacks)}: {hint}")
@@ -2163,23 +2163,21 @@ def check_coverage(model, stored, sources, whole):
     wanted |= {n: wanted[of] for n, of in mtp_copies(model, depth).items() if n in stored.files}
     in_fp8 = (name for name in wanted if name in stored.files and stored.find(name)[0] == FP8)
     scales = {name + SCALE: blocks_of(wanted[name]) for name in in_fp8 if len(wanted[name]) > 1}
-    for name, shape in (wanted | scales).items():
-        kind, found = stored.find(name) if name in stored.files else (None, None)
-        if kind is None:
-            wrong.append(f"{name}: missing")
-        elif kind not in KINDS.values() or kind == FP8 and name + SCALE not in scales:
+    wanted |= scales
+    wrong = [f"{name}: missing" for name in wanted.keys() - stored.files.keys()]
+    for name in wanted.keys() & stored.files.keys():
+        (kind, found), shape = stored.find(name), wanted[name]
+        if kind not in KINDS.values() or kind == FP8 and name + SCALE not in scales:
             wrong.append(f"{name}: {kind}, must be BF16, F16, F32, F64 or, a matrix, F8_E4M3")
         elif found != shape:
             wrong.append(f"{name}: of shape {found}, must be {shape}")
     layers = [f"model.layers.{i}." for i in range(depth + max(whole.num_nextn_predict_layers, 1))]
     unused = [layer for layer in layers if not any(name.startswith(layer) for name in wanted)]
     unused += [] if isinstance(model, DeepseekV3ForCausalLM) else ["lm_head."]
-    for name in stored.files.keys() - wanted.keys() - scales.keys():
-        if not name.startswith(tuple(unused)) and not name.endswith("rotary_emb.inv_freq"):
-            wrong.append(f"{name}: unexpected")
-    if wrong:
-        more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-        raise ValueError(f"{stored.directory}: {'; '.join(sorted(wrong)[:10])}{more}")
+    odd = (name for name in stored.files.keys() - wanted.keys() if not name.startswith(tuple(unused)))
+    wrong += [f"{name}: unexpected" for name in odd if not name.endswith("rotary_emb.inv_freq")]
+    more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+    require(not wrong, f"{stored.directory}: {'; '.join(sorted(wrong)[:10])}{more}")
 
 def held_kinds(model, sources, stored, dtype=None):
     """{name: dtype it is held in}: `dtype`, or the widest stored; FP8 where there is room for scales."""
@@ -2194,8 +2192,7 @@ def held_kinds(model, sources, stored, dtype=None):
 
 def held_bytes(tensor, kind):
     """Bytes of a tensor held in a dtype, with its scales."""
-    scales = tensor.shape[:-2].numel() * math.prod(blocks_of(tensor.shape[-2:]))
-    return tensor.numel() * kind.itemsize + (4 * scales if kind == FP8 else 0)
+    return tensor.numel() * kind.itemsize + (4 * math.prod(blocks_of(tensor.shape)) if kind == FP8 else 0)
 
 def hold(model, name, kind, device):
     """Give a parameter or buffer memory of its own -> it, to be filled, and its scales or None."""
@@ -2203,7 +2200,7 @@ def hold(model, name, kind, device):
     shape, trained = getattr(module, leaf).shape, leaf in module._parameters
     weight, scale = torch.empty(shape, dtype=kind, device=device), None
     if kind == FP8:
-        scale = torch.empty(*shape[:-2], *blocks_of(shape[-2:]), dtype=torch.float32, device=device)
+        scale = torch.empty(blocks_of(shape), dtype=torch.float32, device=device)
         setattr(module, leaf + SCALE, nn.Parameter(scale, requires_grad=False))
     setattr(module, leaf, nn.Parameter(weight, requires_grad=kind != FP8) if trained else weight)
     return weight, scale
@@ -2429,17 +2426,15 @@ def corpus_files(data):
     root = Path(sysconfig.get_path("stdlib") if data is None else data)
     if root.is_file():
         return [root], 0
-    every = [path for path in sorted(root.rglob("*.py" if data is None else "*")) if path.is_file()]
-    skipped = UNTYPICAL if data is None else {"__pycache__"}
-
-    def wanted(path):
+    skipped, files, left_out = UNTYPICAL if data is None else {"__pycache__"}, [], []
+    for path in sorted(root.rglob("*.py" if data is None else "*")):
         parts = path.relative_to(root).parts
-        return not skipped & {*parts} and not any(part.startswith(".") for part in parts) and is_text(path)
-
-    files = [path for path in every if wanted(path)]
+        odd = skipped & {*parts} or any(part.startswith(".") for part in parts)
+        if path.is_file():
+            (left_out if odd or not is_text(path) else files).append(path)
     hint = "no text file there" if data else "this Python came without its sources, give --data"
     require(files, f"{root}: {hint}")
-    return files, len(every) - len(files) if data else 0
+    return files, len(left_out) if data else 0
 
 def read_pieces(path, size=1 << 20):
     """The text of a file in pieces of whole lines, so that it need not fit in memory."""
@@ -2588,9 +2583,7 @@ def learning_rate_factor(progress, warmup):
 
 def start_processes(device):
     """This process's rank, how many there are, and its device; one process on a CPU starts none."""
-    import torch.distributed as dist
-
-    device = parse_device(device, "--device")
+    dist, device = torch.distributed, parse_device(device, "--device")
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
@@ -2603,12 +2596,11 @@ def start_processes(device):
 
 def shard(model, device):
     """Split parameters and optimizer state over the processes; on a GPU, compute in bfloat16 too."""
-    import torch.distributed as dist
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    if not dist.is_initialized():
+    if not torch.distributed.is_initialized():
         return model.to(device)
-    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    mesh = torch.distributed.init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     kinds = (torch.bfloat16, torch.float32) if device.type == "cuda" else (None, None)
     for part in (*model.model.layers, model):  # each is split, and only its share moves to the device
         fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(*kinds))
@@ -2648,15 +2640,6 @@ def check_training(options, config, world):
         size = sum(4 * parameter.numel() for parameter in DeepseekV3ForCausalLM(config).parameters())
     size, have = size * int(os.environ.get("LOCAL_WORLD_SIZE", 1)), memory_size()
     require(size <= have, f"--config: {size / 2**30:.0f} GiB of weights, but {have / 2**30:.0f} GiB of memory")
-
-def check_folder(options):
-    """ValueError rather than touch what is somebody's run or checkpoint."""
-    held = [name for name in RUN_FILES if os.path.exists(Path(options.out) / name)]
-    used = f"--out {options.out}: holds {', '.join(held)}"
-    if options.resume:
-        require("tokens.bin" in held or not held, f"{used}, and no run to resume")
-    else:
-        require(options.overwrite or not held, f"{used}: --resume goes on with a run, --overwrite replaces it")
 
 def prepare_data(options, config, files):
     """Make tokenizer.json and tokens.bin: all files as one array of tokens, each between two markers."""
@@ -2716,7 +2699,11 @@ class Trainer:
     def prepare(self):
         """Make the data, or compare with the run that is resumed; run.json has what they must share."""
         options, run = self.options, self.out / "run.json"
-        check_folder(options)
+        held = [name for name in RUN_FILES if os.path.exists(self.out / name)]
+        resumed, used = options.resume and "tokens.bin" in held, f"--out {options.out}: holds {', '.join(held)}"
+        require(resumed or not (held and options.resume), f"{used}, and no run to resume")
+        free = resumed or options.overwrite or not held  # else it is somebody's run or checkpoint
+        require(free, f"{used}: --resume goes on with a run, --overwrite replaces it")
         files, left_out = corpus_files(options.data)
         if left_out:
             print(f"{options.data}: {left_out} files left out: hidden, or not UTF-8 text", file=sys.stderr)
@@ -2724,7 +2711,7 @@ class Trainer:
         names = "batch length seed steps lr warmup gamma centred isolate vocab_size".split()
         now = {name: getattr(options, name) for name in names} | self.config.to_dict()
         now["data"] = hashlib.sha256(sizes.encode()).hexdigest()[:16]
-        if options.resume and (self.out / "tokens.bin").exists():
+        if resumed:
             then = read_json(run)
             for name in sorted((then.keys() | now.keys()) - {"steps"}):
                 same = then.get(name) == now.get(name)
@@ -2907,11 +2894,13 @@ def train_command(options):
         sys.exit(f"stopped at step {trainer.step}; the same command with --resume goes on")
     print_end(trainer)
 
+SCORE = "{val_loss:.4f} ± {val_standard_error:.4f} nats per token, {val_bits_per_byte:.4f} bits per byte, "
+SCORE += "over {val_tokens:,} tokens"
+
 def print_end(trainer):
     """What the run came to."""
-    last = read_lines(trainer.out / "metrics.jsonl")[-1]
-    print("held out: {val_loss:.4f} ± {val_standard_error:.4f} nats per token, ".format(**last), end="")
-    print("{val_bits_per_byte:.4f} bits per byte, over {val_tokens:,} tokens".format(**last))
+    lines = (trainer.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    print("held out:", SCORE.format(**json.loads(lines[-1])))
     whole = sum(trainer.seconds.values())
     parts = ", ".join(f"{what} {took / whole:.0%}" for what, took in trainer.seconds.items())
     print(f"{whole:.0f} s: {parts}\n")
@@ -2922,10 +2911,6 @@ def print_end(trainer):
     sampling = {"do_sample": True, "temperature": 0.7}
     stream_text(model, tokenizer, text_ids(trainer.out, tokenizer, prompt), 100, trainer.options.seed, prompt, sampling)
     print(f"\n\nNext: python deepseek_v3.py generate {trainer.options.out} {shlex.quote(prompt)}")
-
-def read_lines(path):
-    """The objects of a file of JSON lines."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 def evaluate_command(options):
     """Loss of a folder's model on text."""
@@ -2938,9 +2923,7 @@ def evaluate_command(options):
     require(len(tokens) > 1, f"--data {options.data}: holds no text")
     corpus = Corpus(tokens, (begin or [-1])[0], min(options.length, len(tokens)), isolate=options.isolate, share=1)
     found = evaluate(model, corpus, corpus.held_out(), sizes)
-    print("loss        {val_loss:.4f} ± {val_standard_error:.4f} nats per token".format(**found))
-    print("compression {val_bits_per_byte:.4f} bits per byte".format(**found))
-    print(f"text        {found['val_tokens']:,} tokens of {len(files)} files, {left_out} left out")
+    print(f"{SCORE.format(**found)} of {len(files)} files, {left_out} left out")
 
 def generate_command(options):
     """Continue a prompt, or answer it, with the model of a folder; with drafts, say how they did."""
@@ -2984,9 +2967,6 @@ def chat_prompt(directory, text):
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    def tojson(value, ensure_ascii=False, **how):
-        return json.dumps(value, ensure_ascii=ensure_ascii, **how)
-
     def raise_exception(message):
         raise ValueError(message)
 
@@ -2997,12 +2977,12 @@ def chat_prompt(directory, text):
         named = {str(each.get("name")): each.get("template") for each in template if isinstance(each, dict)}
         template = named.get("default")
     require(isinstance(template, str), f"{directory}: no chat template in its tokenizer_config.json")
-    markers = {name: value for name, value in settings.items() if name.endswith("_token")}
-    markers = {n: t.get("content") if isinstance(t, dict) else t for n, t in markers.items() if not isinstance(t, bool)}
+    markers = {name: given for name, given in settings.items() if name.endswith("_token") and type(given) is not bool}
+    markers = {name: given.get("content") if isinstance(given, dict) else given for name, given in markers.items()}
     environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
     )
-    environment.filters["tojson"] = tojson
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": datetime.now().strftime}
     try:
         chat, messages = environment.from_string(template), [{"role": "user", "content": text}]
