@@ -1483,22 +1483,18 @@ class Sampling:
         called = all(callable(each) for each in self.processors)
         require(called, f"logits_processor={given!r}: must be a function of ids and scores, or a list of them")
 
-    def penalise(self, scores: Tensor, ids: Tensor, real: Tensor) -> Tensor:
-        """Make the `real` ones of ids (B, n) less likely; scores (B, vocab) -> the same."""
-        seen = torch.zeros_like(scores).scatter_add(-1, ids, real.to(scores.dtype)) > 0
-        lower = torch.where(scores > 0, scores / self.repetition_penalty, scores * self.repetition_penalty)
-        return torch.where(seen, lower, scores)
-
     def process(self, logits: Tensor, drafts: Tensor, gained: "Continuation") -> Tensor:
-        """Logits (B, T, vocab) as the processors leave them; row t stands behind t of the drafts."""
+        """Logits (B, T, vocab) as penalty and processors leave them; row t stands behind t of the drafts."""
         if not self.processors and self.repetition_penalty == 1:
             return logits
         (B, T, vocab), logits = logits.shape, upcast(logits).clone()
         for rows, ids in gained.histories():
             for t in range(T):
-                before = torch.cat([ids, drafts[rows, :t]], 1)  # (B or 1, n)
+                before, scores = torch.cat([ids, drafts[rows, :t]], 1), logits[rows, t]  # of one row, or of all
                 real = F.pad(gained.real[rows], (0, before.shape[1] - gained.real.shape[1]), value=True)
-                scores = self.penalise(logits[rows, t], before, real).expand(B, -1)
+                seen = torch.zeros_like(scores).scatter_add(-1, before, real.to(scores.dtype)) > 0
+                less = torch.where(scores > 0, scores / self.repetition_penalty, scores * self.repetition_penalty)
+                scores = scores.where(~seen, less).expand(B, -1)
                 for each in self.processors:  # one row alone stands at its place among its like
                     scores = each(before.expand(B, -1), scores)
                     check_tensor("what logits_processor returns", scores, FLOATS, (B, vocab))
@@ -1698,11 +1694,9 @@ class Prompt:
     def read(self, model: DeepseekV3ForCausalLM, rows: int, room: int) -> tuple[Tensor, LatentCache]:
         """The forward over it -> states (B * rows, T, D), and the cache, with room for so many more."""
         cache, embeds = self.cache or LatentCache(self.input_ids.shape[1] + room), self.inputs_embeds
-        inputs = model.prepare_inputs_for_generation(
-            input_ids=self.input_ids[:, cache.length :] if embeds is None else None,
-            attention_mask=self.attention_mask,
-            inputs_embeds=embeds if embeds is None else embeds[:, cache.length :],
-        )
+        given = {"input_ids": self.input_ids} if embeds is None else {"inputs_embeds": embeds}
+        new = {name: x[:, cache.length :] for name, x in given.items()}
+        inputs = model.prepare_inputs_for_generation(**new, attention_mask=self.attention_mask)
         hidden = model.model(**inputs, past_key_values=cache).last_hidden_state  # (B, T, D)
         if rows > 1:
             hidden, cache = hidden.repeat_interleave(rows, 0), cache.repeat_interleave(rows)
@@ -1776,18 +1770,15 @@ def generate(
     real = torch.ones_like(ids) if mask is None else mask[:, : ids.shape[1]]
     ids, real = (x.repeat_interleave(sampling.num_return_sequences, 0) for x in (ids, real.bool()))
     gained = Continuation(ids, real, max_new_tokens, stops, pad, sinks)
-    most_drafts = drafts_per_step(model, *drafts)
+    use_mtp, num_draft_tokens = drafts
+    hint = "train one with num_nextn_predict_layers=1, or load a checkpoint that has them"
+    require(model.mtp_blocks or not use_mtp, f"use_mtp=True, but the model has no MTP modules: {hint}")
+    possible = num_draft_tokens is None or type(num_draft_tokens) is int and num_draft_tokens >= 1 and use_mtp
+    require(possible, f"{num_draft_tokens=}, {use_mtp=}: must be 1 or more, with use_mtp=True")
+    most_drafts = num_draft_tokens or (len(model.mtp_blocks) if use_mtp else 0)
     with evaluating(model):
         decode(model, prompt, sampling, most_drafts, gained)
     return torch.cat([ids, *(column.unsqueeze(1) for column in gained.columns)], 1)
-
-def drafts_per_step(model: DeepseekV3ForCausalLM, use_mtp: bool, num_draft_tokens: int | None) -> int:
-    """Tokens to draft per step, 0 without use_mtp; ValueError for what cannot be asked for."""
-    hint = "train one with num_nextn_predict_layers=1, or load a checkpoint that has them"
-    require(model.mtp_blocks or not use_mtp, f"use_mtp=True, but the model has no MTP modules: {hint}")
-    drafts = num_draft_tokens is None or type(num_draft_tokens) is int and num_draft_tokens >= 1 and use_mtp
-    require(drafts, f"{num_draft_tokens=}, {use_mtp=}: must be 1 or more, with use_mtp=True")
-    return (len(model.mtp_blocks) if use_mtp else 0) if num_draft_tokens is None else num_draft_tokens
 
 # ---- 12. Checkpoints, in the released layout ----------------------------------------------------
 
@@ -2530,13 +2521,11 @@ class Corpus:
 
     def read(self, starts):
         """Inputs of the model, (windows, T) each; no document has to predict the next one's begin."""
-        rows, labels = np.zeros((2, len(starts), self.T), np.int64)
-        labels -= 100
-        for row, label, start in zip(rows, labels, starts, strict=True):
-            window = self.tokens[start : start + self.T]  # the text's last one may be shorter
-            row[: len(window)] = label[: len(window)] = window
-        labels[rows == self.bos] = -100
-        inputs, place = {"input_ids": rows, "labels": labels}, np.arange(self.T)
+        place, last = np.arange(self.T), len(self.tokens) - 1
+        where = np.array(starts)[:, None] + place  # the text's last window may be shorter
+        rows = np.where(where <= last, self.tokens[where.clip(max=last)], 0).astype(np.int64)
+        labels = np.where((where <= last) & (rows != self.bos), rows, -100)
+        inputs = {"input_ids": rows, "labels": labels}
         if self.isolate:  # positions count from where a document begins
             inputs["position_ids"] = place - np.maximum.accumulate(np.where(rows == self.bos, place, 0), 1)
         return {name: torch.from_numpy(array) for name, array in inputs.items()}
@@ -2759,10 +2748,9 @@ class Trainer:
             gamma = options.gamma if progress < 14.3 / 14.8 else 0.0
             violations = self.model.update_router_bias(gamma, centred=options.centred)
         self.step += 1
-        line = {"step": self.step, **losses, "max_violation": sum(violations) / max(len(violations), 1)}
         speed = options.batch * options.length / (time.perf_counter() - began)
-        line |= {"lr": lr, "grad_norm": norm, "tokens_per_second": speed}
-        return line | {"layer_violations": violations}
+        line = {"step": self.step, **losses, "max_violation": sum(violations) / max(len(violations), 1)}
+        return line | {"lr": lr, "grad_norm": norm, "tokens_per_second": speed, "layer_violations": violations}
 
     def backward(self):
         """Gradients of the global batch, in options.accumulate parts -> its losses, means over its labels."""
