@@ -66,7 +66,7 @@ import time
 import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
@@ -1339,15 +1339,17 @@ def trace(model: nn.Module, *patterns: str) -> Iterator[dict[str, Any]]:
     if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
         raise ValueError("trace: a compiled model does not run hooks; trace the model that was compiled")
     names, seen = {name: module for name, module in model.named_modules() if name}, {}
-    hits = {pattern: fnmatch.filter(names, pattern) + fnmatch.filter(names, "*." + pattern) for pattern in patterns}
-    for pattern in (pattern for pattern in patterns if not hits[pattern]):
-        last = pattern.rsplit(".", 1)[-1]
-        near = [name for name in names if last in name] or list(names)
-        raise ValueError(f"no module matches {pattern!r}; there are {', '.join(near[:12])}, …")
+
+    def record(name, _module, _inputs, output):
+        seen[name] = output
+
     with ExitStack() as handles:
-        for name in itertools.chain(*hits.values()):
-            record = lambda _module, _inputs, output, name=name: seen.update({name: output})  # noqa: E731
-            handles.enter_context(names[name].register_forward_hook(record))
+        for pattern in patterns:
+            hits = fnmatch.filter(names, pattern) + fnmatch.filter(names, "*." + pattern)
+            near = [name for name in names if pattern.rsplit(".", 1)[-1] in name] or list(names)
+            require(hits, f"no module matches {pattern!r}; there are {', '.join(near[:12])}, …")
+            for name in hits:
+                handles.enter_context(names[name].register_forward_hook(partial(record, name)))
         yield seen
     if patterns and not seen:
         raise RuntimeError("trace: no matching module ran; compiled ones run no hooks, call the model itself")
@@ -1392,14 +1394,10 @@ def check_context(model: DeepseekV3Model, x: Tensor, attention_mask: Any, positi
     """ValueError for what does not go with x (B, T, D); a warning where it gets too long."""
     if torch.compiler.is_compiling():
         return
-    (B, T), config = x.shape[:2], model.config
-    ours = isinstance(cache, LatentCache | None)
-    require(ours, f"past_key_values: {described(cache)}: must be what a call before gave")
-    length, layers = (T, {}) if cache is None else (T + cache.length, cache.layers if cache.length else {})
-    for held in layers.values():
-        width = config.kv_lora_rank + config.qk_rope_head_dim
-        check_tensor("past_key_values", held, FLOATS, (B, "S", width))
-    twice = cache is not None and model.recompute and model.training
+    (B, T), config, past = x.shape[:2], model.config, check_cache(cache)
+    for held in cache.layers.values() if past else ():
+        check_tensor("past_key_values", held, FLOATS, (B, "S", config.kv_lora_rank + config.qk_rope_head_dim))
+    twice, length = cache is not None and model.recompute and model.training, past + T
     require(not twice, "gradient_checkpointing recomputes layers, and use_cache would store them twice")
     if attention_mask is not None:
         wide = [(rows, 1, T, length) for rows in (B, 1)]
@@ -1414,6 +1412,12 @@ def check_context(model: DeepseekV3Model, x: Tensor, attention_mask: Any, positi
     if length > config.max_position_embeddings:
         what = f"{length} positions, but max_position_embeddings={config.max_position_embeddings}"
         warnings.warn(f"{what}: quality may drop", stacklevel=3)
+
+def check_cache(cache: Any) -> int:
+    """How many tokens it holds; ValueError unless it is a cache, or None."""
+    ours = isinstance(cache, LatentCache | None)
+    require(ours, f"past_key_values: {described(cache)}: must be what a call before gave")
+    return 0 if cache is None else cache.length
 
 def check_request(labels: Any, logits_to_keep: Any, output_mtp: bool, past: int) -> None:
     """ValueError for what a causal LM cannot be asked for, or not together."""
@@ -1485,22 +1489,18 @@ class Sampling:
         called = all(callable(each) for each in self.processors)
         require(called, f"logits_processor={given!r}: must be a function of ids and scores, or a list of them")
 
-    def penalise(self, scores: Tensor, ids: Tensor, real: Tensor) -> Tensor:
-        """Make the `real` ones of ids (B, n) less likely; scores (B, vocab) -> the same."""
-        seen = torch.zeros_like(scores).scatter_add(-1, ids, real.to(scores.dtype)) > 0
-        lower = torch.where(scores > 0, scores / self.repetition_penalty, scores * self.repetition_penalty)
-        return torch.where(seen, lower, scores)
-
     def process(self, logits: Tensor, drafts: Tensor, gained: "Continuation") -> Tensor:
-        """Logits (B, T, vocab) as the processors leave them; row t stands behind t of the drafts."""
+        """Logits (B, T, vocab) as penalty and processors leave them; row t stands behind t of the drafts."""
         if not self.processors and self.repetition_penalty == 1:
             return logits
         (B, T, vocab), logits = logits.shape, upcast(logits).clone()
         for rows, ids in gained.histories():
             for t in range(T):
-                before = torch.cat([ids, drafts[rows, :t]], 1)
+                before, scores = torch.cat([ids, drafts[rows, :t]], 1), logits[rows, t]  # of one row, or of all
                 real = F.pad(gained.real[rows], (0, before.shape[1] - gained.real.shape[1]), value=True)
-                scores = self.penalise(logits[rows, t], before, real).expand(B, -1)
+                seen = torch.zeros_like(scores).scatter_add(-1, before, real.to(scores.dtype)) > 0
+                less = torch.where(scores > 0, scores / self.repetition_penalty, scores * self.repetition_penalty)
+                scores = scores.where(~seen, less).expand(B, -1)
                 for each in self.processors:  # one row alone stands at its place among its like
                     scores = each(before.expand(B, -1), scores)
                     check_tensor("what logits_processor returns", scores, FLOATS, (B, vocab))
@@ -1569,13 +1569,10 @@ def stop_ids(model: PreTrainedModel, eos_token_id: int | list[int] | None) -> li
 class Continuation:
     """The tokens that each row of ids (B, T) gains, up to `most`; a column is emitted once all reach it."""
 
-    def __init__(
-        self, ids: Tensor, real: Tensor, most: int, stops: list[int], pad: int | None,
-        streamer: Callable | None, statistics: list | None,
-    ) -> None:  # fmt: skip
+    def __init__(self, ids: Tensor, real: Tensor, most: int, stops: list, pad: int | None, sinks: tuple) -> None:
+        self.ids, self.real, self.most, self.stops = ids, real, most, stops
+        self.streamer, self.statistics = streamer, _ = sinks
         require(streamer is None or callable(streamer), f"{streamer=}: must be a function of token ids")
-        self.ids, self.real, self.most, self.stops, self.streamer = ids, real, most, stops, streamer
-        self.statistics = [] if statistics is None else statistics
         self.pad = (stops or [0])[0] if pad is None else pad
         self.rows, self.columns, self.finished = [[] for _ in ids], [], [most == 0] * len(ids)
 
@@ -1583,7 +1580,7 @@ class Continuation:
         """Append each row's accepted drafts (B, T-1) and the token behind them, up to its end."""
         gains = zip(self.rows, drafts.tolist(), accepted.tolist(), token.tolist(), strict=True)
         for i, (row, drafted, count, behind) in enumerate(gains):
-            if drafted and not self.finished[i]:
+            if drafted and not self.finished[i] and self.statistics is not None:
                 self.statistics.append((len(drafted), count))
             for new in [*drafted[:count], behind]:
                 if not self.finished[i]:
@@ -1682,38 +1679,30 @@ class Prompt:
     inputs_embeds: Maybe = None
     cache: LatentCache | None = None
 
-    def check(self, config: DeepseekV3Config) -> None:
-        """ValueError for what cannot be continued. Without tokens, input_ids are (B, 0) afterwards."""
-        ids, embeds, cache = self.input_ids, self.inputs_embeds, self.cache
+    def check(self, config: DeepseekV3Config, pad: int | None, stops: list[int]) -> None:
+        """ValueError for what cannot be continued. Without tokens, input_ids are (B, 0) afterwards.
+
+        Where nobody said what pad ids are, they are taken for padding, as in transformers.
+        """
+        ids, embeds, held = self.input_ids, self.inputs_embeds, check_cache(self.cache)
         check_inputs(ids if embeds is None else None, embeds, config)
         B, T = (ids if embeds is None else embeds).shape[:2]
-        if ids is None:
-            self.input_ids = torch.empty(B, 0, dtype=torch.long, device=embeds.device)
-        else:
+        if ids is not None:
             check_tensor("input_ids", ids, IDS, (B, T))
-            self.input_ids = ids.long()
+        self.input_ids = ids = (embeds.new_empty(B, 0) if ids is None else ids).long()
+        require(held < T, f"past_key_values holds {held} tokens of {T}: one or more must be left to read")
         if self.attention_mask is not None:
             check_tensor("attention_mask", self.attention_mask, MASKS, (B, T))
-        ours = isinstance(cache, LatentCache | None)
-        require(ours, f"past_key_values: {described(cache)}: must be what a call before gave")
-        held = 0 if cache is None else cache.length
-        require(held < T, f"past_key_values holds {held} tokens of {T}: one or more must be left to read")
-
-    def infer_mask(self, pad: int | None, stops: list[int]) -> None:
-        """Take pad ids for padding, as transformers does, if nobody said what they are."""
-        given = self.attention_mask is not None or self.cache is not None and self.cache.length > 0
-        if not given and pad is not None and pad not in stops and bool((self.input_ids == pad).any()):
+        elif pad is not None and pad not in stops and not held and bool((ids == pad).any()):
             warnings.warn(f"no attention_mask: pad_token_id={pad} in input_ids is taken for padding", stacklevel=4)
-            self.attention_mask = (self.input_ids != pad).long()
+            self.attention_mask = (ids != pad).long()
 
     def read(self, model: DeepseekV3ForCausalLM, rows: int, room: int) -> tuple[Tensor, LatentCache]:
         """The forward over it -> states (B * rows, T, D), and the cache, with room for so many more."""
         cache, embeds = self.cache or LatentCache(self.input_ids.shape[1] + room), self.inputs_embeds
-        inputs = model.prepare_inputs_for_generation(
-            input_ids=self.input_ids[:, cache.length :] if embeds is None else None,
-            attention_mask=self.attention_mask,
-            inputs_embeds=embeds if embeds is None else embeds[:, cache.length :],
-        )
+        given = {"input_ids": self.input_ids} if embeds is None else {"inputs_embeds": embeds}
+        new = {name: x[:, cache.length :] for name, x in given.items()}
+        inputs = model.prepare_inputs_for_generation(**new, attention_mask=self.attention_mask)
         hidden = model.model(**inputs, past_key_values=cache).last_hidden_state  # (B, T, D)
         if rows > 1:
             hidden, cache = hidden.repeat_interleave(rows, 0), cache.repeat_interleave(rows)
@@ -1779,29 +1768,23 @@ def generate(
     eos_token_id: int | list[int] | None, drafts: tuple, sinks: tuple,
 ) -> Tensor:  # fmt: skip
     """DeepseekV3ForCausalLM.generate, whose settings come grouped by what they are for."""
-    prompt.check(model.config)
+    stops, pad = stop_ids(model, eos_token_id), special_id(model, "pad_token_id")
+    prompt.check(model.config, pad, stops)
     whole = type(max_new_tokens) is int and max_new_tokens >= 0
     require(whole, f"{max_new_tokens=}: must be a whole number, 0 or more")
-    stops, pad = stop_ids(model, eos_token_id), special_id(model, "pad_token_id")
-    prompt.infer_mask(pad, stops)
     ids, mask = prompt.input_ids, prompt.attention_mask
     real = torch.ones_like(ids) if mask is None else mask[:, : ids.shape[1]]
     ids, real = (x.repeat_interleave(sampling.num_return_sequences, 0) for x in (ids, real.bool()))
-    gained = Continuation(ids, real, max_new_tokens, stops, pad, *sinks)
-    most_drafts = drafts_per_step(model, *drafts)
+    gained = Continuation(ids, real, max_new_tokens, stops, pad, sinks)
+    use_mtp, num_draft_tokens = drafts
+    hint = "train one with num_nextn_predict_layers=1, or load a checkpoint that has them"
+    require(model.mtp_blocks or not use_mtp, f"use_mtp=True, but the model has no MTP modules: {hint}")
+    possible = num_draft_tokens is None or type(num_draft_tokens) is int and num_draft_tokens >= 1 and use_mtp
+    require(possible, f"{num_draft_tokens=}, {use_mtp=}: must be 1 or more, with use_mtp=True")
+    most_drafts = num_draft_tokens or (len(model.mtp_blocks) if use_mtp else 0)
     with evaluating(model):
         decode(model, prompt, sampling, most_drafts, gained)
     return torch.cat([ids, *(column.unsqueeze(1) for column in gained.columns)], 1)
-
-def drafts_per_step(model: DeepseekV3ForCausalLM, use_mtp: bool, num_draft_tokens: int | None) -> int:
-    """Tokens to draft per step, 0 without use_mtp; ValueError for what cannot be asked for."""
-    hint = "train one with num_nextn_predict_layers=1, or load a checkpoint that has them"
-    require(model.mtp_blocks or not use_mtp, f"use_mtp=True, but the model has no MTP modules: {hint}")
-    if num_draft_tokens is None:
-        return len(model.mtp_blocks) if use_mtp else 0
-    drafts = type(num_draft_tokens) is int and num_draft_tokens >= 1 and use_mtp
-    require(drafts, f"{num_draft_tokens=}, {use_mtp=}: must be 1 or more, with use_mtp=True")
-    return num_draft_tokens
 
 # ---- 12. Checkpoints, in the released layout ----------------------------------------------------
 
@@ -1973,7 +1956,7 @@ KINDS = {"F8_E4M3": FP8, "BF16": torch.bfloat16, "F16": torch.float16, "F32": to
 
 def blocks_of(shape):
     """Shape of the scales of a weight; (576, 7168) -> (5, 56)."""
-    return tuple(-(-size // BLOCK) for size in shape)
+    return (*shape[:-2], *(-(-size // BLOCK) for size in shape[-2:]))
 
 def quantise(weight, rows=BLOCK):
     """The reverse of dequantise: FP8, and scales that map the largest of each block to 448, FP8's largest.
@@ -1999,12 +1982,14 @@ GENERATION = "generation_config.json"
 TOKENIZER_FILES = ("tokenizer*", "tokenization_*.py", "*.model", "special_tokens_map.json", "added_tokens.json")
 TOKENIZER_FILES += ("vocab.json", "merges.txt", "chat_template*")
 INDEX, SINGLE, SHARD = "model.safetensors.index.json", "model.safetensors", r"[^/\\]+\.safetensors"
+STAGING, JOURNAL = ".saving", ".saving.json"  # of a save in progress: its files, and the names they will get
 
 class Checkpoint:
     """The tensors of a folder by name; a file is opened when something in it is asked for."""
 
     def __init__(self, directory):
         self.directory, self.found, self.newest = existing(directory), {}, (None, None)
+        self.config = DeepseekV3Config.from_pretrained(directory)  # another kind of model is said first
         if os.path.isfile(self.directory / SINGLE):  # it goes before an index, as in transformers
             whole = self.open(SINGLE)
             self.files, metadata = dict.fromkeys(whole.keys(), SINGLE), whole.metadata()
@@ -2019,11 +2004,9 @@ class Checkpoint:
         # transformers saves a model without a head under names that begin inside of `model.`
         self.within = "model." if "embed_tokens.weight" in self.files else ""
         self.files = {self.within + name: file for name, file in self.files.items()}
-        # A save killed just before its last renaming leaves its config under this hidden name.
-        pending = metadata.get("config") if isinstance(metadata, dict) else None
-        self.config_file = self.directory / Path(str(pending)).name
-        if not os.path.isfile(self.config_file):
-            self.config_file = self.directory / "config.json"
+        # Behind a save that was killed, config.json may be an older one: the weights have their own.
+        if os.path.isfile(self.directory / JOURNAL) and isinstance(metadata, dict) and "config" in metadata:
+            self.config = DeepseekV3Config(**json.loads(metadata["config"]))
 
     def open(self, file):
         """A file. Only the newest stays open, since its pages stay in memory as long as it does."""
@@ -2115,15 +2098,16 @@ def load_pretrained(cls, directory, device_map, dtype, num_hidden_layers, max_me
     require(dtype in (None, "auto", *known, *known.values()), f"{dtype=}: must be None, 'auto' or {', '.join(known)}")
     dtype = known.get(str(dtype).removeprefix("torch."))
     check_overrides(overrides)
-    if (existing(directory) / "config.json").is_file():
-        DeepseekV3Config.from_pretrained(directory)  # another kind of model is said first
     stored = Checkpoint(directory)
-    whole = DeepseekV3Config.from_pretrained(stored.config_file)
     with torch.device("meta"):
-        model = cls(config_to_load(cls, stored, whole, dtype, num_hidden_layers, overrides))
-    sources = released_names(model, whole.num_hidden_layers)
-    check_coverage(model, stored, sources, whole)
-    check_copies(stored, mtp_copies(model, whole.num_hidden_layers))
+        model = cls(config_to_load(cls, stored, dtype, num_hidden_layers, overrides))
+    depth = stored.config.num_hidden_layers
+    sources = released_names(model, depth)
+    check_coverage(model, stored, sources, stored.config)
+    for double, of in mtp_copies(model, depth).items():
+        both = (stored.read(name).view(torch.uint8) for name in (double, of) if double in stored.files)
+        same = double not in stored.files or torch.equal(*both)
+        require(same, f"{double}: differs from {of}, of which it must be a copy")
     kinds = held_kinds(model, sources, stored, dtype)
     sizes = {name: held_bytes(find_tensor(model, name), kind) for name, kind in kinds.items()}
     devices = assign_devices(model, sizes, device_map, max_memory)
@@ -2144,17 +2128,17 @@ def load_pretrained(cls, directory, device_map, dtype, num_hidden_layers, max_me
     model.tokenizer_files = {path.name: path.read_bytes() for path in files}
     return model.eval()
 
-def config_to_load(cls, stored, whole, dtype, kept, overrides):
+def config_to_load(cls, stored, dtype, kept, overrides):
     """The stored config with `overrides`, cut to `kept` layers and to the MTP modules that are there."""
-    config = DeepseekV3Config(**(whole.to_dict() | overrides))
+    config = DeepseekV3Config(**(stored.config.to_dict() | overrides))
     depth, mtp = config.num_hidden_layers, config.num_nextn_predict_layers
     possible = kept is None or type(kept) is int and 1 <= kept <= depth
     require(possible, f"num_hidden_layers={kept!r}: must be in 1..{depth}, as stored")
     config.num_hidden_layers = kept or depth
     if config.first_k_dense_replace <= depth:  # MTP modules keep experts
         config.first_k_dense_replace = min(config.first_k_dense_replace, config.num_hidden_layers)
-    layers = {int(found[1]) for name in stored.files if (found := re.match(r"model\.layers\.(\d+)\.", name))}
-    held = next(k for k in itertools.count() if k == mtp or depth + k not in layers)
+    layers = {".".join(name.split(".")[:3]) for name in stored.files}
+    held = next(k for k in range(mtp + 1) if k == mtp or f"model.layers.{depth + k}" not in layers)
     if held < mtp and issubclass(cls, DeepseekV3ForCausalLM):
         warnings.warn(f"{stored.directory}: announces {mtp} MTP modules, but holds {held}", stacklevel=4)
         config.num_nextn_predict_layers = held
@@ -2164,7 +2148,7 @@ def config_to_load(cls, stored, whole, dtype, kept, overrides):
 
 def check_coverage(model, stored, sources, whole):
     """ValueError unless every tensor of the model is stored, in its shape, and nothing else is."""
-    wanted, wrong, depth = {}, [], whole.num_hidden_layers
+    wanted, depth = {}, whole.num_hidden_layers
     stacks = sorted({found[0] for name in stored.files if (found := re.search(r"experts\.[a-z_]+$", name))})
     hint = "a state_dict; save its model by save_pretrained, in transformers or here"
     require(not stacks, f"{stored.directory}: experts are stacked, as {', '.join(stacks)}: {hint}")
@@ -2176,30 +2160,21 @@ def check_coverage(model, stored, sources, whole):
     wanted |= {n: wanted[of] for n, of in mtp_copies(model, depth).items() if n in stored.files}
     in_fp8 = (name for name in wanted if name in stored.files and stored.find(name)[0] == FP8)
     scales = {name + SCALE: blocks_of(wanted[name]) for name in in_fp8 if len(wanted[name]) > 1}
-    for name, shape in (wanted | scales).items():
-        kind, found = stored.find(name) if name in stored.files else (None, None)
-        if kind is None:
-            wrong.append(f"{name}: missing")
-        elif kind not in KINDS.values() or kind == FP8 and name + SCALE not in scales:
+    wanted |= scales
+    wrong = [f"{name}: missing" for name in wanted.keys() - stored.files.keys()]
+    for name in wanted.keys() & stored.files.keys():
+        (kind, found), shape = stored.find(name), wanted[name]
+        if kind not in KINDS.values() or kind == FP8 and name + SCALE not in scales:
             wrong.append(f"{name}: {kind}, must be BF16, F16, F32, F64 or, a matrix, F8_E4M3")
         elif found != shape:
             wrong.append(f"{name}: of shape {found}, must be {shape}")
     layers = [f"model.layers.{i}." for i in range(depth + max(whole.num_nextn_predict_layers, 1))]
     unused = [layer for layer in layers if not any(name.startswith(layer) for name in wanted)]
     unused += [] if isinstance(model, DeepseekV3ForCausalLM) else ["lm_head."]
-    for name in stored.files.keys() - wanted.keys() - scales.keys():
-        if not name.startswith(tuple(unused)) and not name.endswith("rotary_emb.inv_freq"):
-            wrong.append(f"{name}: unexpected")
-    if wrong:
-        more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-        raise ValueError(f"{stored.directory}: {'; '.join(sorted(wrong)[:10])}{more}")
-
-def check_copies(stored, copies):
-    """ValueError for a repeated embedding or head that is not the one that is kept."""
-    for double, of in copies.items():
-        both = (stored.read(name).view(torch.uint8) for name in (double, of) if double in stored.files)
-        if double in stored.files and not torch.equal(*both):
-            raise ValueError(f"{double}: differs from {of}, of which it must be a copy")
+    odd = (name for name in stored.files.keys() - wanted.keys() if not name.startswith(tuple(unused)))
+    wrong += [f"{name}: unexpected" for name in odd if not name.endswith("rotary_emb.inv_freq")]
+    more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+    require(not wrong, f"{stored.directory}: {'; '.join(sorted(wrong)[:10])}{more}")
 
 def held_kinds(model, sources, stored, dtype=None):
     """{name: dtype it is held in}: `dtype`, or the widest stored; FP8 where there is room for scales."""
@@ -2214,8 +2189,7 @@ def held_kinds(model, sources, stored, dtype=None):
 
 def held_bytes(tensor, kind):
     """Bytes of a tensor held in a dtype, with its scales."""
-    scales = tensor.shape[:-2].numel() * math.prod(blocks_of(tensor.shape[-2:]))
-    return tensor.numel() * kind.itemsize + (4 * scales if kind == FP8 else 0)
+    return tensor.numel() * kind.itemsize + (4 * math.prod(blocks_of(tensor.shape)) if kind == FP8 else 0)
 
 def hold(model, name, kind, device):
     """Give a parameter or buffer memory of its own -> it, to be filled, and its scales or None."""
@@ -2223,7 +2197,7 @@ def hold(model, name, kind, device):
     shape, trained = getattr(module, leaf).shape, leaf in module._parameters
     weight, scale = torch.empty(shape, dtype=kind, device=device), None
     if kind == FP8:
-        scale = torch.empty(*shape[:-2], *blocks_of(shape[-2:]), dtype=torch.float32, device=device)
+        scale = torch.empty(blocks_of(shape), dtype=torch.float32, device=device)
         setattr(module, leaf + SCALE, nn.Parameter(scale, requires_grad=False))
     setattr(module, leaf, nn.Parameter(weight, requires_grad=kind != FP8) if trained else weight)
     return weight, scale
@@ -2379,66 +2353,56 @@ def save_pretrained(model, directory, max_shard_size, quantize):
     given = config.pop("quantization_config", None)
     if quantize or holds_fp8(model):
         config["quantization_config"] = given if given and holds_fp8(model) else QUANTIZATION
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-    metadata, parts = {"format": "pt", "config": f".config.{digest[:16]}.json"}, []
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, content in model.tokenizer_files.items():
-        if not (directory / name).exists():  # another's, or changed since
-            (directory / name).write_bytes(content)
+    metadata = {"format": "pt", "config": json.dumps(config, sort_keys=True)}
+    staging, parts = directory / STAGING, []
+    staging.mkdir(parents=True, exist_ok=True)
     try:
         for tensors in in_shards(stored_tensors(model, quantize), limit):
-            part = directory / f".part-{len(parts)}.tmp"
-            part.touch()
-            mode = part.stat().st_mode  # as the umask wants files to be, unlike safetensors
+            part = staging / str(len(parts))
             save_file(tensors, part, metadata=metadata)
-            part.chmod(mode)
+            part.chmod(staging.stat().st_mode & 0o666)  # as the umask wants files to be, unlike safetensors
             parts.append({name: tensor.nbytes for name, tensor in tensors.items()})
-        write_json(directory / metadata["config"], config)
+        for name, content in model.tokenizer_files.items():
+            if not (directory / name).exists():  # another's, or changed since
+                (directory / name).write_bytes(content)
         given = {name: value for name, value in vars(model.generation_config).items() if value is not None}
         if given:
             write_json(directory / GENERATION, given)
-        put_in_place(directory, parts, metadata)
+        put_in_place(directory, parts, config, metadata)
     except SafetensorError as error:
         raise OSError(f"{directory}: {error}") from None
     finally:
-        # Those of an earlier, killed save too: safetensors writes to .tmp and six letters first.
-        for pattern in (".part-*.tmp", ".tmp??????", "..config.*.tmp"):
-            for path in directory.glob(pattern):
-                path.unlink()
+        shutil.rmtree(staging, ignore_errors=True)
 
-def put_in_place(directory, parts, metadata):
-    """Exchange an older checkpoint for the files .part-*.tmp, in five steps that each leave one whole.
+def put_in_place(directory, parts, config, metadata):
+    """Exchange an older checkpoint for the staged files, in five steps that each leave one whole.
 
     The one that counts is model.safetensors, else the index. No file of the older one is touched until
-    the new one counts, after step 1 or 3; from then on its metadata name the config, until step 4.
+    the new one counts, after step 1 or 3; while there is a journal, the config in its metadata counts.
     """
-    names, older, journal = [SINGLE], files_of_older(directory), directory / ".saving.json"
+    names, older = [SINGLE], files_of_older(directory)
     if len(parts) > 1:
         numbers = [f"-{i + 1:05d}-of-{len(parts):06d}.safetensors" for i in range(len(parts))]
         choices = ([f"model{'_' * turn}{number}" for number in numbers] for turn in itertools.count())
         names = next(choice for choice in choices if not any((directory / name).exists() for name in choice))
-    write_json(journal, {"files": [*older, *names]})
+    write_json(directory / JOURNAL, {"weight_map": dict(enumerate([*older, *names]))})
     for i, name in enumerate(names):  # 1
-        (directory / f".part-{i}.tmp").replace(directory / name)
+        (directory / STAGING / str(i)).replace(directory / name)
     if len(parts) > 1:  # 2
         places = {name: file for file, part in zip(names, parts, strict=True) for name in part}
         total = {"total_size": sum(sum(part.values()) for part in parts)}
         write_json(directory / INDEX, {"metadata": metadata | total, "weight_map": places})
     (directory / (SINGLE if len(parts) > 1 else INDEX)).unlink(missing_ok=True)  # 3
-    (directory / metadata["config"]).replace(directory / "config.json")  # 4
-    stale = [directory / name for name in older - {*names}]
-    for path in (*stale, *directory.glob(".config.*.json"), journal):  # 5
-        path.unlink(missing_ok=True)
+    write_json(directory / "config.json", config)  # 4
+    for name in (*older - {*names}, JOURNAL):  # 5
+        (directory / name).unlink(missing_ok=True)
 
 def files_of_older(directory):
     """The shards that the folder's index lists, and files of a save that was killed: no others are ours."""
     found = []
-    for name, key in ((INDEX, "weight_map"), (".saving.json", "files")):
-        try:
-            listed = read_json(directory / name).get(key)
-        except (OSError, ValueError):  # there is none, or it is broken
-            continue
-        found += listed.values() if isinstance(listed, dict) else listed if isinstance(listed, list) else []
+    for name in (INDEX, JOURNAL):
+        with suppress(OSError, ValueError, KeyError, AttributeError):  # there is none, or it is broken
+            found += read_json(directory / name)["weight_map"].values()
     return {name for name in found if re.fullmatch(SHARD, str(name))} - {SINGLE}
 
 def parse_size(name, size):
@@ -2460,17 +2424,15 @@ def corpus_files(data):
     if root.is_file():
         any(False for _ in read_pieces(root))  # an error names it, if it is no text
         return [root], 0
-    every = [path for path in sorted(root.rglob("*.py" if data is None else "*")) if path.is_file()]
-    skipped = UNTYPICAL if data is None else {"__pycache__"}
-
-    def wanted(path):
+    skipped, files, left_out = UNTYPICAL if data is None else {"__pycache__"}, [], []
+    for path in sorted(root.rglob("*.py" if data is None else "*")):
         parts = path.relative_to(root).parts
-        return not skipped & {*parts} and not any(part.startswith(".") for part in parts) and is_text(path)
-
-    files = [path for path in every if wanted(path)]
+        odd = skipped & {*parts} or any(part.startswith(".") for part in parts)
+        if path.is_file():
+            (left_out if odd or not is_text(path) else files).append(path)
     hint = "no text file there" if data else "this Python came without its sources, give --data"
     require(files, f"{root}: {hint}")
-    return files, len(every) - len(files) if data else 0
+    return files, len(left_out) if data else 0
 
 def read_pieces(path, size=1 << 20):
     """The text of a file in pieces of whole lines, so that it need not fit in memory."""
@@ -2566,13 +2528,11 @@ class Corpus:
 
     def read(self, starts):
         """Inputs of the model, (windows, T) each; no document has to predict the next one's begin."""
-        rows, labels = np.zeros((2, len(starts), self.T), np.int64)
-        labels -= 100
-        for row, label, start in zip(rows, labels, starts, strict=True):
-            window = self.tokens[start : start + self.T]  # the text's last one may be shorter
-            row[: len(window)] = label[: len(window)] = window
-        labels[rows == self.bos] = -100
-        inputs, place = {"input_ids": rows, "labels": labels}, np.arange(self.T)
+        place, last = np.arange(self.T), len(self.tokens) - 1
+        where = np.array(starts)[:, None] + place  # the text's last window may be shorter
+        rows = np.where(where <= last, self.tokens[where.clip(max=last)], 0).astype(np.int64)
+        labels = np.where((where <= last) & (rows != self.bos), rows, -100)
+        inputs = {"input_ids": rows, "labels": labels}
         if self.isolate:  # positions count from where a document begins
             inputs["position_ids"] = place - np.maximum.accumulate(np.where(rows == self.bos, place, 0), 1)
         return {name: torch.from_numpy(array) for name, array in inputs.items()}
@@ -2619,9 +2579,7 @@ def learning_rate_factor(progress, warmup):
 
 def start_processes(device):
     """This process's rank, how many there are, and its device; one process on a CPU starts none."""
-    import torch.distributed as dist
-
-    device = parse_device(device, "--device")
+    dist, device = torch.distributed, parse_device(device, "--device")
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
@@ -2634,12 +2592,11 @@ def start_processes(device):
 
 def shard(model, device):
     """Split parameters and optimizer state over the processes; on a GPU, compute in bfloat16 too."""
-    import torch.distributed as dist
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    if not dist.is_initialized():
+    if not torch.distributed.is_initialized():
         return model.to(device)
-    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    mesh = torch.distributed.init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     kinds = (torch.bfloat16, torch.float32) if device.type == "cuda" else (None, None)
     for part in (*model.model.layers, model):  # each is split, and only its share moves to the device
         fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(*kinds))
@@ -2679,15 +2636,6 @@ def check_training(options, config, world):
         size = sum(4 * parameter.numel() for parameter in DeepseekV3ForCausalLM(config).parameters())
     size, have = size * int(os.environ.get("LOCAL_WORLD_SIZE", 1)), memory_size()
     require(size <= have, f"--config: {size / 2**30:.0f} GiB of weights, but {have / 2**30:.0f} GiB of memory")
-
-def check_folder(options):
-    """ValueError rather than touch what is somebody's run or checkpoint."""
-    held = [name for name in RUN_FILES if os.path.exists(Path(options.out) / name)]
-    used = f"--out {options.out}: holds {', '.join(held)}"
-    if options.resume:
-        require("tokens.bin" in held or not held, f"{used}, and no run to resume")
-    else:
-        require(options.overwrite or not held, f"{used}: --resume goes on with a run, --overwrite replaces it")
 
 def prepare_data(options, config, files):
     """Make tokenizer.json and tokens.bin: all files as one array of tokens, each between two markers."""
@@ -2747,7 +2695,11 @@ class Trainer:
     def prepare(self):
         """Make the data, or compare with the run that is resumed; run.json has what they must share."""
         options, run = self.options, self.out / "run.json"
-        check_folder(options)
+        held = [name for name in RUN_FILES if os.path.exists(self.out / name)]
+        resumed, used = options.resume and "tokens.bin" in held, f"--out {options.out}: holds {', '.join(held)}"
+        require(resumed or not (held and options.resume), f"{used}, and no run to resume")
+        free = resumed or options.overwrite or not held  # else it is somebody's run or checkpoint
+        require(free, f"{used}: --resume goes on with a run, --overwrite replaces it")
         files, left_out = corpus_files(options.data)
         if left_out:
             print(f"{options.data}: {left_out} files left out: hidden, or not UTF-8 text", file=sys.stderr)
@@ -2755,7 +2707,7 @@ class Trainer:
         names = "batch length seed steps lr warmup gamma centred isolate vocab_size".split()
         now = {name: getattr(options, name) for name in names} | self.config.to_dict()
         now["data"] = hashlib.sha256(sizes.encode()).hexdigest()[:16]
-        if options.resume and (self.out / "tokens.bin").exists():
+        if resumed:
             then = read_json(run)
             for name in sorted((then.keys() | now.keys()) - {"steps"}):
                 same = then.get(name) == now.get(name)
@@ -2803,10 +2755,9 @@ class Trainer:
             gamma = options.gamma if progress < 14.3 / 14.8 else 0.0
             violations = self.model.update_router_bias(gamma, centred=options.centred)
         self.step += 1
-        line = {"step": self.step, **losses, "max_violation": sum(violations) / max(len(violations), 1)}
         speed = options.batch * options.length / (time.perf_counter() - began)
-        line |= {"lr": lr, "grad_norm": norm, "tokens_per_second": speed}
-        return line | {"layer_violations": violations}
+        line = {"step": self.step, **losses, "max_violation": sum(violations) / max(len(violations), 1)}
+        return line | {"lr": lr, "grad_norm": norm, "tokens_per_second": speed, "layer_violations": violations}
 
     def backward(self):
         """Gradients of the global batch, in options.accumulate parts -> its losses, means over its labels."""
@@ -2938,11 +2889,13 @@ def train_command(options):
         sys.exit(f"stopped at step {trainer.step}; the same command with --resume goes on")
     print_end(trainer)
 
+SCORE = "{val_loss:.4f} ± {val_standard_error:.4f} nats per token, {val_bits_per_byte:.4f} bits per byte, "
+SCORE += "over {val_tokens:,} tokens"
+
 def print_end(trainer):
     """What the run came to."""
-    last = read_lines(trainer.out / "metrics.jsonl")[-1]
-    print("held out: {val_loss:.4f} ± {val_standard_error:.4f} nats per token, ".format(**last), end="")
-    print("{val_bits_per_byte:.4f} bits per byte, over {val_tokens:,} tokens".format(**last))
+    lines = (trainer.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    print("held out:", SCORE.format(**json.loads(lines[-1])))
     whole = sum(trainer.seconds.values())
     parts = ", ".join(f"{what} {took / whole:.0%}" for what, took in trainer.seconds.items())
     print(f"{whole:.0f} s: {parts}\n")
@@ -2953,10 +2906,6 @@ def print_end(trainer):
     sampling = {"do_sample": True, "temperature": 0.7}
     stream_text(model, tokenizer, text_ids(trainer.out, tokenizer, prompt), 100, trainer.options.seed, prompt, sampling)
     print(f"\n\nNext: python deepseek_v3.py generate {trainer.options.out} {shlex.quote(prompt)}")
-
-def read_lines(path):
-    """The objects of a file of JSON lines."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 def evaluate_command(options):
     """Loss of a folder's model on text."""
@@ -2969,9 +2918,7 @@ def evaluate_command(options):
     require(len(tokens) > 1, f"--data {options.data}: holds no text")
     corpus = Corpus(tokens, (begin or [-1])[0], min(options.length, len(tokens)), isolate=options.isolate, share=1)
     found = evaluate(model, corpus, corpus.held_out(), sizes)
-    print("loss        {val_loss:.4f} ± {val_standard_error:.4f} nats per token".format(**found))
-    print("compression {val_bits_per_byte:.4f} bits per byte".format(**found))
-    print(f"text        {found['val_tokens']:,} tokens of {len(files)} files, {left_out} left out")
+    print(f"{SCORE.format(**found)} of {len(files)} files, {left_out} left out")
 
 def generate_command(options):
     """Continue a prompt, or answer it, with the model of a folder; with drafts, say how they did."""
@@ -3015,9 +2962,6 @@ def chat_prompt(directory, text):
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    def tojson(value, ensure_ascii=False, **how):
-        return json.dumps(value, ensure_ascii=ensure_ascii, **how)
-
     def raise_exception(message):
         raise ValueError(message)
 
@@ -3028,12 +2972,12 @@ def chat_prompt(directory, text):
         named = {str(each.get("name")): each.get("template") for each in template if isinstance(each, dict)}
         template = named.get("default")
     require(isinstance(template, str), f"{directory}: no chat template in its tokenizer_config.json")
-    markers = {name: value for name, value in settings.items() if name.endswith("_token")}
-    markers = {n: t.get("content") if isinstance(t, dict) else t for n, t in markers.items() if not isinstance(t, bool)}
+    markers = {name: given for name, given in settings.items() if name.endswith("_token") and type(given) is not bool}
+    markers = {name: given.get("content") if isinstance(given, dict) else given for name, given in markers.items()}
     environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
     )
-    environment.filters["tojson"] = tojson
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": datetime.now().strftime}
     try:
         chat, messages = environment.from_string(template), [{"role": "user", "content": text}]
