@@ -1979,7 +1979,7 @@ def holds_fp8(model):
     return any(parameter.dtype == FP8 for parameter in model.parameters())
 
 GENERATION = "generation_config.json"
-TOKENIZER_FILES = ("tokenizer*", "tokenization_*.py", "*.model", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = ("tokenizer*", "tokenization_*.py", "tiktoken.model", "special_tokens_map.json", "added_tokens.json")
 TOKENIZER_FILES += ("vocab.json", "merges.txt", "chat_template*")
 INDEX, SINGLE, SHARD = "model.safetensors.index.json", "model.safetensors", r"[^/\\]+\.safetensors"
 STAGING, JOURNAL = ".saving", ".saving.json"  # of a save in progress: its files, and the names they will get
@@ -2418,21 +2418,32 @@ def parse_size(name, size):
 BOS, EOS = "<|begin_of_sentence|>", "<|end_of_sentence|>"
 UNTYPICAL = {"__pycache__", "site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo"}
 
-def corpus_files(data):
-    """The files of a file or folder, or of the Python standard library, and how many are passed over."""
-    root = Path(sysconfig.get_path("stdlib") if data is None else data)
-    if root.is_file():
-        any(False for _ in read_pieces(root))  # an error names it, if it is no text
-        return [root], 0
-    skipped, files, left_out = UNTYPICAL if data is None else {"__pycache__"}, [], []
-    for path in sorted(root.rglob("*.py" if data is None else "*")):
-        parts = path.relative_to(root).parts
-        odd = skipped & {*parts} or any(part.startswith(".") for part in parts)
-        if path.is_file():
-            (left_out if odd or not is_text(path) else files).append(path)
+def corpus_files(data, out=None):
+    """The text files of a file or folder, or of the standard library: files, how many are left out, a digest.
+
+    Left out are hidden files, files that are not UTF-8 text, and what is inside of the folder `out`.
+    """
+    root, files, left_out = Path(sysconfig.get_path("stdlib") if data is None else data), [], 0
+    skipped, digest = UNTYPICAL if data is None else {"__pycache__"}, hashlib.sha256()
+    inside = None if out is None or root.is_file() else Path(out).resolve()
+    for path in [root] if root.is_file() else sorted(root.rglob("*.py" if data is None else "*")):
+        parts = path.relative_to(root).parts  # a folder above the root may be called as it likes
+        if not path.is_file() or inside is not None and root.resolve().joinpath(*parts).is_relative_to(inside):
+            continue
+        text = not skipped & {*parts} and not any(part.startswith(".") for part in parts)
+        try:
+            digest.update(repr((parts, path.stat().st_size)).encode())
+            for piece in read_pieces(path) if text else ():
+                digest.update(piece.encode())
+        except ValueError:
+            require(path != root, f"{path}: not UTF-8 text")
+            text = False
+        if text:
+            files.append(path)
+        left_out += not text
     hint = "no text file there" if data else "this Python came without its sources, give --data"
     require(files, f"{root}: {hint}")
-    return files, len(left_out) if data else 0
+    return files, left_out if data else 0, digest.hexdigest()
 
 def read_pieces(path, size=1 << 20):
     """The text of a file in pieces of whole lines, so that it need not fit in memory."""
@@ -2442,12 +2453,6 @@ def read_pieces(path, size=1 << 20):
                 yield "".join(lines)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error})") from None
-
-def is_text(path):
-    try:
-        return all(True for _ in read_pieces(path))
-    except ValueError:
-        return False
 
 def train_tokenizer(files, vocab_size):
     """A byte-level BPE tokenizer of at most vocab_size tokens; ids 0 and 1 begin and end a text."""
@@ -2501,10 +2506,12 @@ class Corpus:
         self.tokens, self.bos, self.T, self.seed, self.isolate = tokens, bos, T, seed, isolate
         cut, self.epoch = len(tokens) - int(len(tokens) * share), None
         starts = np.flatnonzero(tokens[cut : cut + len(tokens) // 40] == bos)
-        self.cut = cut + int(starts[0]) if len(starts) else cut  # where a document begins, if near
+        near = len(starts) and cut + int(starts[0]) + T <= len(tokens)
+        self.cut = cut + int(starts[0]) if near else cut  # where a document begins, if near
         self.windows = self.cut // T
         enough = share == 1 or self.windows >= 1 and len(tokens) - self.cut >= T
         require(enough, f"a corpus of {len(tokens)} tokens is too short: 20 x {T} needed")
+        require(not isolate or bos is not None, "--isolate: no begin token tells where a document begins")
 
     def batch(self, position, count):
         """Windows position .. position + count of the run, as `read` gives them."""
@@ -2563,7 +2570,7 @@ def evaluate(model, corpus, starts, sizes, rank=0, world=1):
     (nats, count, size), n = sums.sum(0).tolist(), len(starts)
     mean = nats / max(count, 1)
     squares = float((sums[:, 0] - mean * sums[:, 1]).square().sum())  # windows are the independent part
-    error = math.sqrt(squares * n / max(n - 1, 1)) / max(count, 1)
+    error = None if n == 1 else math.sqrt(squares * n / (n - 1)) / max(count, 1)
     found = {"val_loss": mean, "val_bits_per_byte": nats / math.log(2) / max(size, 1)}
     return found | {"val_tokens": int(count), "val_standard_error": error}
 
@@ -2609,27 +2616,31 @@ def adamw(model, lr):
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=True)
 
-SIZES = "hidden_size num_hidden_layers num_attention_heads kv_lora_rank qk_nope_head_dim qk_rope_head_dim"
-SIZES += " v_head_dim intermediate_size moe_intermediate_size n_routed_experts num_experts_per_tok"
-RUN_FILES = ("tokens.bin", "states", "metrics.jsonl", "config.json", SINGLE, INDEX)
-
 def training_config(options):
-    """The config to train, of --from, --config or the tiny one, and whether a file gives it."""
+    """The config to train, of --from, --config or the tiny one, and the keys that a file gives."""
     if options.source:
-        return DeepseekV3Config.from_pretrained(options.source), True
-    ids = dict(bos_token_id=0, eos_token_id=1)  # of the tokenizer that is trained
-    if not options.config:
-        return DeepseekV3Config.tiny(**ids, vocab_size=options.vocab_size or 2048), False
+        config = DeepseekV3Config.from_pretrained(options.source)
+        return config, set(config.to_dict())
+    given, ids = {}, {"bos_token_id": 0, "eos_token_id": 1}  # of the tokenizer that is trained
+    if options.config:
+        path = existing(options.config)
+        given = read_json(path / "config.json" if path.is_dir() else path)
     ids |= {"vocab_size": options.vocab_size} if options.vocab_size else {}
-    config, given = DeepseekV3Config.from_pretrained(options.config, **ids), read_json(Path(options.config))
-    sizes = SIZES.split() if config.kind != "youtu" else SIZES.split()[:8]
-    missing = [name for name in sizes if name not in given]
-    require(not missing, f"--config {options.config}: does not say {', '.join(missing)}")
-    return config, True
+    clash = options.vocab_size and given.get("vocab_size", options.vocab_size) != options.vocab_size
+    require(not clash, f"--vocab-size {options.vocab_size}: --config says {given.get('vocab_size')}")
+    rope = {"rope_parameters", "rope_scaling"} & given.keys()
+    tiny = DeepseekV3Config.tiny(num_nextn_predict_layers=int(given.get("model_type") != "youtu")).to_dict()
+    base = {name: value for name, value in tiny.items() if not (rope and name.startswith("rope_"))}
+    base = {name: value for name, value in base.items() if name != "num_key_value_heads"}  # follows the heads
+    config = DeepseekV3Config(**(base | given | ids))
+    require(config.vocab_size >= 258, f"vocab_size={config.vocab_size}: must be at least 258, bytes and two markers")
+    return config, set(given)
 
 def check_training(options, config, world):
     """ValueError for options that cannot work together or on this machine, before anything is written."""
     require(not (options.source and (options.config or options.vocab_size)), "--from brings its config and tokenizer")
+    apart = options.source is None or Path(options.source).resolve() != Path(options.out).resolve()
+    require(apart, f"--out {options.out}: must be another folder than --from")
     parts = world * options.accumulate
     require(options.batch % parts == 0, f"--batch {options.batch}: must be a multiple of {parts}, its parts")
     with torch.device("meta"):  # every process builds the whole model before it is split
@@ -2637,30 +2648,37 @@ def check_training(options, config, world):
     size, have = size * int(os.environ.get("LOCAL_WORLD_SIZE", 1)), memory_size()
     require(size <= have, f"--config: {size / 2**30:.0f} GiB of weights, but {have / 2**30:.0f} GiB of memory")
 
-def prepare_data(options, config, files):
+# What a run or a checkpoint consists of; one that is somebody's is not touched.
+RUN_FILES = ("tokens.bin", "run.json", "metrics.jsonl", "training.png", "states", "config.json", GENERATION)
+RUN_FILES += (SINGLE, INDEX, *TOKENIZER_FILES)
+
+def run_files(folder):
+    """Those of RUN_FILES that are there."""
+    found = [path for pattern in RUN_FILES for path in sorted(Path(folder).glob(pattern))]
+    return [path for path in found if path.is_file() or path.name == "states"]
+
+def prepare_data(folder, options, config, files):
     """Make tokenizer.json and tokens.bin: all files as one array of tokens, each between two markers."""
-    out, tokens = Path(options.out), Path(options.out) / "tokens.bin"
-    out.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(out / "states", ignore_errors=True)  # of an earlier run
-    for name in (tokens, out / "run.json"):
-        name.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     if options.source:
         tokenizer = read_tokenizer(options.source)
-        for path in (path for pattern in TOKENIZER_FILES for path in Path(options.source).glob(pattern)):
-            shutil.copyfile(path, out / path.name)
+        for path in (path for pattern in (*TOKENIZER_FILES, GENERATION) for path in Path(options.source).glob(pattern)):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+        begin = text_ids(options.source, tokenizer, "")  # as inference does
     else:
-        tokenizer = train_tokenizer(files, config.vocab_size)
-        tokenizer.save(str(out / "tokenizer.json"))
+        tokenizer, begin = train_tokenizer(files, config.vocab_size), [config.bos_token_id]
+        tokenizer.save(str(folder / "tokenizer.json"))
         # What transformers' AutoTokenizer wants beside it.
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS}
-        write_json(out / "tokenizer_config.json", settings | {"clean_up_tokenization_spaces": False})
-    bos, eos = config.bos_token_id, config.eos_token_id
-    begins, ends = [] if bos is None else [bos], [eos[0] if isinstance(eos, list) else eos]
-    with open(out / "tokens.tmp", "wb") as sink:
+        write_json(folder / "tokenizer_config.json", settings | {"clean_up_tokenization_spaces": False})
+    end = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    end = [token for token in end if token is not None][:1]
+    with open(folder / "tokens.bin", "wb") as sink:
         for file in tqdm(files, desc="tokenising", unit="file"):
-            for ids in document(tokenizer, file, begins, ends):
+            for ids in document(tokenizer, file, begin, end):
                 np.array(ids, token_dtype(config.vocab_size)).tofile(sink)
-    (out / "tokens.tmp").replace(tokens)
 
 class Trainer:
     """One run: model, optimizer, data, and what it writes to options.out.
@@ -2670,21 +2688,29 @@ class Trainer:
     """
 
     def __init__(self, options):
-        self.options, self.out, self.step = options, Path(options.out), 0
+        self.options, self.out, self.step, self.score = options, Path(options.out), 0, None
         self.seconds = dict.fromkeys(("data", "forward and backward", "optimizer", "evaluation", "saving"), 0.0)
         self.config, self.given = training_config(options)
         self.rank, self.world, self.device = start_processes(options.device)
         check_training(options, self.config, self.world)
-        if self.rank == 0:
-            self.prepare()
-        self.wait(timedelta(days=7))  # a large corpus takes its time
-        self.tokenizer = read_tokenizer(self.out)
-        if not self.given:  # a small text has fewer tokens than asked for
-            self.config.vocab_size = self.tokenizer.get_vocab_size()
-        tokens = np.memmap(self.out / "tokens.bin", token_dtype(self.config.vocab_size), "r")
-        self.corpus = Corpus(tokens, self.config.bos_token_id, options.length, options.seed, options.isolate)
-        windows, self.sizes = self.corpus.windows, token_bytes(self.tokenizer)  # a batch holds none twice
-        require(options.batch <= windows, f"--batch {options.batch}: the text has {windows} windows")
+        self.resumed, new = options.resume and (self.out / "tokens.bin").exists(), self.out / ".new"
+        made = [] if self.rank else [path for path in (self.out, *self.out.parents) if not path.exists()]
+        try:
+            self.settings = self.prepare(new) if self.rank == 0 else {}
+            self.wait(timedelta(days=7))  # a large corpus takes its time
+            self.open_data(self.out if self.resumed else new)
+        except BaseException:  # what is refused or stopped leaves nothing behind
+            if self.rank == 0:
+                shutil.rmtree(new, ignore_errors=True)
+            for path in made:
+                if path.is_dir() and not any(path.iterdir()):
+                    path.rmdir()
+            raise
+        self.wait()
+        if self.rank == 0 and not self.resumed:
+            self.replace_run(new)
+        self.wait()
+        self.open_data(self.out)
         torch.manual_seed(options.seed)
         read = partial(DeepseekV3ForCausalLM.from_pretrained, options.source, dtype=torch.float32)
         self.model = shard(read() if options.source else DeepseekV3ForCausalLM(self.config), self.device)
@@ -2692,32 +2718,52 @@ class Trainer:
         self.optimizer = adamw(self.model, options.lr)
         load_state(self)
 
-    def prepare(self):
-        """Make the data, or compare with the run that is resumed; run.json has what they must share."""
-        options, run = self.options, self.out / "run.json"
-        held = [name for name in RUN_FILES if os.path.exists(self.out / name)]
-        resumed, used = options.resume and "tokens.bin" in held, f"--out {options.out}: holds {', '.join(held)}"
-        require(resumed or not (held and options.resume), f"{used}, and no run to resume")
-        free = resumed or options.overwrite or not held  # else it is somebody's run or checkpoint
+    def prepare(self, new):
+        """Make the data in the folder `new`, or compare with the run that is resumed -> its settings."""
+        options, held = self.options, [path.name for path in run_files(self.out)]
+        used = f"--out {options.out}: holds {', '.join(held[:6])}"
+        require(self.resumed or not (held and options.resume), f"{used}, and no run to resume")
+        free = self.resumed or options.overwrite or not held
         require(free, f"{used}: --resume goes on with a run, --overwrite replaces it")
-        files, left_out = corpus_files(options.data)
+        files, left_out, digest = corpus_files(options.data, self.out)
         if left_out:
             print(f"{options.data}: {left_out} files left out: hidden, or not UTF-8 text", file=sys.stderr)
-        sizes = json.dumps([[path.name, path.stat().st_size] for path in files])
         names = "batch length seed steps lr warmup gamma centred isolate vocab_size".split()
-        now = {name: getattr(options, name) for name in names} | self.config.to_dict()
-        now["data"] = hashlib.sha256(sizes.encode()).hexdigest()[:16]
-        if resumed:
-            then = read_json(run)
+        now = {name: getattr(options, name) for name in names} | self.config.to_dict() | {"data": digest}
+        if self.resumed:
+            then = read_json(self.out / "run.json")
+            require(then.get("data") == digest, "--resume: --data is other text than that of the run")
             for name in sorted((then.keys() | now.keys()) - {"steps"}):
                 same = then.get(name) == now.get(name)
                 require(same, f"--resume: {name} is {now.get(name)}, but was {then.get(name)}")
-            if then["steps"] != options.steps:
-                print(f"--resume: {then['steps']} steps become {options.steps}: the schedule follows", file=sys.stderr)
         else:
             order = torch.randperm(len(files), generator=torch.Generator().manual_seed(options.seed))
-            prepare_data(options, self.config, [files[i] for i in order])
-        write_json(run, now)
+            prepare_data(new, options, self.config, [files[i] for i in order])
+            write_json(new / "run.json", now)
+        return now
+
+    def open_data(self, folder):
+        """Tokenizer and corpus of a folder; ValueError if they do not go with the options."""
+        self.tokenizer = read_tokenizer(folder)
+        if "vocab_size" not in self.given:  # a small text has fewer tokens than asked for
+            self.config.vocab_size = self.tokenizer.get_vocab_size()
+        tokens, options = np.memmap(folder / "tokens.bin", token_dtype(self.config.vocab_size), "r"), self.options
+        self.corpus = Corpus(tokens, self.config.bos_token_id, options.length, options.seed, options.isolate)
+        windows, self.sizes = self.corpus.windows, token_bytes(self.tokenizer)  # a batch holds none twice
+        require(options.batch <= windows, f"--batch {options.batch}: the text has {windows} windows")
+
+    def replace_run(self, new):
+        """Put the new data in the place of what --overwrite lets go."""
+        older = {self.out / name for name in files_of_older(self.out)}
+        for path in (*run_files(self.out), *older):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        self.corpus = None  # Windows moves no file that is open
+        for path in sorted(new.iterdir()):  # tokens.bin, which makes it a run, behind run.json
+            path.replace(self.out / path.name)
+        new.rmdir()
 
     def run(self, stop=()):
         """Train to options.steps, or until `stop` is true; log every step, evaluate, save states."""
@@ -2731,16 +2777,20 @@ class Trainer:
                     line |= self.evaluate(math.inf if last else options.eval_tokens)
                 if self.rank == 0:
                     print(json.dumps(line), file=log, flush=True)
+                if self.rank == 0 and options.plot and "val_loss" in line:
+                    plot_run(self.out)
                 bar.set_postfix(loss=line["loss"], violation=line["max_violation"])
                 bar.update()
                 if last or self.step % options.save_every == 0:
                     save_state(self)
+        if self.step == options.steps and self.score is None:  # all steps had been done
+            self.evaluate()
 
     def train_step(self):
         """One optimizer step over the global batch -> its line of metrics."""
         options, began, progress = self.options, time.perf_counter(), (self.step + 1) / self.options.steps
         self.model.train()
-        if not self.given:
+        if "mtp_loss_weight" not in self.given:
             self.config.mtp_loss_weight = 0.3 if progress < 10 / 14.8 else 0.1  # λ, §4.2
         losses = self.backward()
         with self.timed("optimizer"):
@@ -2787,11 +2837,13 @@ class Trainer:
             where = f"the last good state is {states[-1]}" if states else "no state was saved yet"
             raise FloatingPointError(f"step {self.step + 1}: the {what}; {where}")
 
-    def evaluate(self, tokens):
+    def evaluate(self, tokens=math.inf):
         """Losses on the held-out text, or on so many tokens of it."""
         with self.timed("evaluation"):
             starts = self.corpus.held_out(tokens)
-            return evaluate(self.model, self.corpus, starts, self.sizes, self.rank, self.world)
+            found = evaluate(self.model, self.corpus, starts, self.sizes, self.rank, self.world)
+        self.score = found if tokens == math.inf else None
+        return found
 
     @contextmanager
     def timed(self, what):
@@ -2860,7 +2912,14 @@ def load_state(trainer):
         dcp.load(state, checkpoint_id=states[-1], no_dist=trainer.world == 1)
         set_state_dict(trainer.model, trainer.optimizer, **state)
         trainer.step = step
+        then = read_json(trainer.out / "run.json")["steps"]
+        trainer.wait()
+        if then != steps and trainer.rank == 0:
+            now, was = (learning_rate_factor((step + 1) / n, trainer.options.warmup) for n in (steps, then))
+            note = f"the learning rate goes on at {now:.0%} of --lr, where it would have been at {was:.0%}"
+            print(f"--resume: {then} steps become {steps}: {note}", file=sys.stderr)
     if trainer.rank == 0:
+        write_json(trainer.out / "run.json", trainer.settings)
         metrics = trainer.out / "metrics.jsonl"
         lines = metrics.read_text(encoding="utf-8").splitlines(True) if trainer.step else []
         metrics.write_text("".join(lines[: trainer.step]), encoding="utf-8")
@@ -2889,36 +2948,65 @@ def train_command(options):
         sys.exit(f"stopped at step {trainer.step}; the same command with --resume goes on")
     print_end(trainer)
 
-SCORE = "{val_loss:.4f} ± {val_standard_error:.4f} nats per token, {val_bits_per_byte:.4f} bits per byte, "
-SCORE += "over {val_tokens:,} tokens"
+def plot_run(folder):
+    """Draw folder/training.png from its metrics.jsonl: losses, load violation, learning rate, by step."""
+    from matplotlib.figure import Figure
+
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    figure, steps = Figure(figsize=(8, 8), layout="constrained"), [line["step"] for line in lines]
+    losses, loads, rates = figure.subplots(3, sharex=True, height_ratios=(3, 2, 1))
+    losses.plot(steps, [line["main_loss"] for line in lines], label="training text")
+    held_out = [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line]
+    losses.plot(*zip(*held_out, strict=True), "o-", label="held-out text")
+    losses.set_ylabel("loss, nats per token")
+    for layer, values in enumerate(zip(*(line["layer_violations"] for line in lines), strict=True), 1):
+        loads.plot(steps, values, label=f"MoE layer {layer}")
+    loads.set_ylabel("load violation (MaxVio)")
+    rates.plot(steps, [line["lr"] for line in lines])
+    rates.set(xlabel="step", ylabel="learning rate")
+    for axes in (losses, loads) if any(line["layer_violations"] for line in lines) else (losses,):
+        axes.legend(frameon=False)
+    figure.savefig(folder / "training.png", dpi=100)
+
+def score_line(found):
+    """What `evaluate` found, in words."""
+    error = found["val_standard_error"]
+    loss = f"{found['val_loss']:.4f}" + ("" if error is None else f" ± {error:.4f}")
+    bits, tokens = found["val_bits_per_byte"], found["val_tokens"]
+    return f"{loss} nats per token, {bits:.4f} bits per byte, over {tokens:,} tokens"
 
 def print_end(trainer):
-    """What the run came to."""
-    lines = (trainer.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    print("held out:", SCORE.format(**json.loads(lines[-1])))
-    whole = sum(trainer.seconds.values())
+    """What the run came to, a sample of it, and the next command."""
+    whole, corpus, tokenizer = sum(trainer.seconds.values()), trainer.corpus, trainer.tokenizer
+    print("held out:", score_line(trainer.score))
     parts = ", ".join(f"{what} {took / whole:.0%}" for what, took in trainer.seconds.items())
     print(f"{whole:.0f} s: {parts}\n")
-    corpus, tokenizer = trainer.corpus, trainer.tokenizer
-    text = tokenizer.decode(corpus.tokens[corpus.cut : corpus.cut + 24].tolist())
-    prompt = next((line for line in text.splitlines() if line.strip()), "")[:40]  # how unseen text begins
+    text = tokenizer.decode(corpus.tokens[corpus.cut : corpus.cut + 200].tolist())
+    lines = (line.strip()[:40].strip("\ufffd") for line in text.splitlines() if BOS not in line and EOS not in line)
+    prompt = next((line for line in lines if line and line[0] != "-"), "a")  # how unseen text begins
     model = DeepseekV3ForCausalLM.from_pretrained(trainer.out)
     sampling = {"do_sample": True, "temperature": 0.7}
     stream_text(model, tokenizer, text_ids(trainer.out, tokenizer, prompt), 100, trainer.options.seed, prompt, sampling)
-    print(f"\n\nNext: python deepseek_v3.py generate {trainer.options.out} {shlex.quote(prompt)}")
+    program = [shown(sys.executable), shown(__file__), "generate", str(trainer.options.out), prompt]
+    print(f"\n\nNext: {shlex.join(program)}")
+
+def shown(path):
+    """A path as one would type it here."""
+    return os.path.relpath(path) if Path(path).is_relative_to(Path.cwd()) else str(path)
 
 def evaluate_command(options):
     """Loss of a folder's model on text."""
     folder, tokenizer = Path(options.directory), read_tokenizer(options.directory)
-    files, left_out = corpus_files(options.data)
+    files, left_out, _ = corpus_files(options.data)
     model = DeepseekV3ForCausalLM.from_pretrained(folder, device_map=options.device)
     sizes, begin, eos = token_bytes(tokenizer), text_ids(folder, tokenizer, ""), stop_ids(model, None)[:1]
     parts = (ids for file in files for ids in document(tokenizer, file, begin, eos))
     tokens = np.array(list(itertools.chain.from_iterable(parts)))
-    require(len(tokens) > 1, f"--data {options.data}: holds no text")
-    corpus = Corpus(tokens, (begin or [-1])[0], min(options.length, len(tokens)), isolate=options.isolate, share=1)
+    require(sizes[torch.from_numpy(tokens)].sum() > 0, f"--data {options.data}: holds no text")
+    bos = begin[0] if begin else None
+    corpus = Corpus(tokens, bos, min(options.length, len(tokens)), isolate=options.isolate, share=1)
     found = evaluate(model, corpus, corpus.held_out(), sizes)
-    print(f"{SCORE.format(**found)} of {len(files)} files, {left_out} left out")
+    print(f"{score_line(found)} of {len(files)} files, {left_out} left out")
 
 def generate_command(options):
     """Continue a prompt, or answer it, with the model of a folder; with drafts, say how they did."""
@@ -2962,11 +3050,15 @@ def chat_prompt(directory, text):
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
     def raise_exception(message):
         raise ValueError(message)
 
-    file, beside = Path(directory) / "chat_template.jinja", Path(directory) / "tokenizer_config.json"
-    settings = read_json(beside) if beside.is_file() else {}
+    file, settings = Path(directory) / "chat_template.jinja", {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        settings |= read_json(Path(directory) / name) if (Path(directory) / name).is_file() else {}
     template = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
     if isinstance(template, list):  # several by name
         named = {str(each.get("name")): each.get("template") for each in template if isinstance(each, dict)}
@@ -2977,7 +3069,7 @@ def chat_prompt(directory, text):
     environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
     )
-    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    environment.filters["tojson"] = tojson
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": datetime.now().strftime}
     try:
         chat, messages = environment.from_string(template), [{"role": "user", "content": text}]
@@ -3086,37 +3178,10 @@ def within(least, most, kind=int):
     return number
 
 def parser():
-    """The command line, a sub-command for each of the four functions above."""
-    main, count, part = Parser(prog="deepseek_v3.py"), within(1, 1e9), within(0, 1, float)
+    """The command line, a sub-command for each of four functions above."""
+    main, part = Parser(prog="deepseek_v3.py"), within(0, 1, float)
     commands = main.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train a model on text")
-    add = train.add_argument_group("what is trained").add_argument
-    add("--data", help="text file or folder (default: Python's standard library)")
-    add("--config", help="config.json of the model (default: the tiny one)")
-    add("--from", dest="source", metavar="DIR", help="go on from the weights and tokenizer of a checkpoint")
-    add("--vocab-size", type=within(258, LARGEST), help="tokens to learn (default: the config's, 2048)")
-    add("--isolate", action="store_true", help="documents in one window do not see each other")
-    add("--seed", type=within(0, 1e12), default=0)
-    add = train.add_argument_group("how").add_argument
-    add("--steps", type=count, default=550)
-    add("--batch", type=count, default=16, help="sequences of all processes")
-    add("--length", type=within(4, 1e9), default=128, help="tokens per sequence")
-    add("--lr", type=within(1e-9, 100, float), default=4e-3, help="highest learning rate")
-    add("--warmup", type=part, default=0.1, help="part of the steps over which it rises")
-    add("--gamma", type=part, default=0.002, help="step of the router bias")
-    add("--centred", action="store_true", help="router bias steps of mean zero")
-    add = train.add_argument_group("on which machine").add_argument
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--accumulate", type=count, default=1, help="parts a batch runs in")
-    add("--recompute", action="store_true", help="recompute layers to save memory")
-    add = train.add_argument_group("what is written").add_argument
-    add("--out", default="out", help="folder for checkpoint, tokenizer, states, metrics.jsonl")
-    add("--resume", action="store_true", help="go on from the newest state in --out")
-    add("--overwrite", action="store_true", help="replace the run that --out holds")
-    add("--save-every", type=count, default=250, help="steps between states")
-    add("--keep", type=count, default=2, help="states to keep")
-    add("--eval-every", type=count, default=100, help="steps")
-    add("--eval-tokens", type=count, default=4096, help="of held-out text; at the end, all of it")
+    add_training(commands.add_parser("train", help="train a model on text"))
     score = commands.add_parser("evaluate", help="loss of a model on text").add_argument
     score("directory", help="checkpoint folder")
     score("--data", required=True, help="text file or folder")
@@ -3141,6 +3206,38 @@ def parser():
     info("--gpus", type=within(1, 1e5), help="show how it would lie on so many GPUs")
     info("--gpu-memory", type=within(0.1, 1e6, float), default=80, help="GiB of each")
     return main
+
+def add_training(train):
+    """The options of `train`."""
+    count, part = within(1, 1e9), within(0, 1, float)
+    add = train.add_argument_group("what is trained").add_argument
+    add("--data", help="text file or folder (default: Python's standard library)")
+    add("--config", help="config.json of the model; what it leaves out is as in the tiny one, the default")
+    add("--from", dest="source", metavar="DIR", help="go on from the weights and tokenizer of a checkpoint")
+    add("--vocab-size", type=within(258, LARGEST), help="tokens to learn (default: the config's, 2048)")
+    add("--isolate", action="store_true", help="documents in one window do not see each other")
+    add("--seed", type=within(0, 1e12), default=0)
+    add = train.add_argument_group("how").add_argument
+    add("--steps", type=count, default=550)
+    add("--batch", type=count, default=16, help="sequences of all processes")
+    add("--length", type=within(4, 1e9), default=128, help="tokens per sequence")
+    add("--lr", type=within(1e-9, 100, float), default=4e-3, help="highest learning rate")
+    add("--warmup", type=part, default=0.1, help="part of the steps over which it rises")
+    add("--gamma", type=part, default=0.002, help="step of the router bias, but 0 near the end")
+    add("--centred", action="store_true", help="router bias steps of mean zero")
+    add = train.add_argument_group("on which machine").add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--accumulate", type=count, default=1, help="parts a batch runs in")
+    add("--recompute", action="store_true", help="recompute layers to save memory")
+    add = train.add_argument_group("what is written").add_argument
+    add("--out", default="out", help="folder for checkpoint, tokenizer, states, metrics.jsonl")
+    add("--resume", action="store_true", help="go on from the newest state in --out")
+    add("--overwrite", action="store_true", help="replace the run that --out holds")
+    add("--save-every", type=count, default=250, help="steps between states")
+    add("--keep", type=count, default=2, help="states to keep")
+    add("--eval-every", type=count, default=100, help="steps")
+    add("--eval-tokens", type=count, default=4096, help="of held-out text; at the end, all of it")
+    add("--plot", action="store_true", help="draw training.png at each evaluation")
 
 def main(arguments=None):
     """Run a command; a bad argument or file is one line on stderr and exit status 2."""

@@ -27,7 +27,6 @@ An array is {shape, type, offset, scale, data}: `data` is base64 of a zlib strea
 unsigned integers, type u1, u2 or u4; value = offset + scale * integer. `unpack` reads one.
 """
 
-import base64
 import copy
 import html
 import itertools
@@ -35,18 +34,16 @@ import json
 import os
 import re
 import sys
-import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # run as a command
 import deepseek_v3 as ds  # noqa: E402
+from viewparts import Bytes, deflate, draw, pack, spell, unpack  # noqa: E402
 
-COLORS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999"]  # Okabe and Ito's
 LONGEST, CORPUS, CELLS = 512, 16384, 20_000_000  # tokens of a page, of a corpus; attention numbers
 
 # ---- Tables: plain tensors, usable without the page ------------------------------------------------
@@ -108,13 +105,14 @@ def prediction_table(model, text, best=5):
     (s, T, best), loss of what came in nats (s, T; nan: nothing came), entropy of the model (T).
 
     Sources: model; mtp-1, …, which predicts `ahead` = 2, … tokens on and has read those before; and
-    layer-0, …: the state behind each layer, put through final norm and head as if it were the last.
+    layer-n, …, layer-0: the state behind each layer, put through final norm and head as if it were the last.
     """
     (ids, out), depths = as_seen(model, text), model.config.num_nextn_predict_layers
     T, best = len(ids), min(best, model.config.vocab_size)
     states = out.hidden_states[1:]
     last = len(states) - 1  # the last state is normed
-    lens = ((f"layer-{i}", 1, model.lm_head(s if i == last else model.model.norm(s))) for i, s in enumerate(states))
+    normed = ((i, s if i == last else model.model.norm(s)) for i, s in reversed(list(enumerate(states))))
+    lens = ((f"layer-{i}", 1, model.lm_head(state)) for i, state in normed)
     ahead = [(f"mtp-{k}", k + 1, logits) for k, logits in enumerate(out.mtp_logits or (), 1)][:depths]
     table = {"sources": [], "ids": [], "probability": [], "loss": [], "entropy": None}
     for name, distance, logits in itertools.chain([("model", 1, out.logits)], ahead, lens):
@@ -163,50 +161,9 @@ def expert_lift(model, corpus, best=10, least=5):
     order = order.clamp(max=len(seen) - 1)
     return {"words": found["words"][order], "lift": lift, "count": counts.gather(-1, order) * (lift > 0)}
 
-# ---- From tokens to what is seen -------------------------------------------------------------------
+# ---- The page's data -------------------------------------------------------------------------------
 
-class Bytes:
-    """The tokenizer of a model over bytes: 256 ids, one for each."""
-
-    def encode(self, text):
-        return list(text.encode())
-
-def byte_letters():
-    """Byte-level tokenizers write a byte as itself if it is a visible letter, the others as chr(256 + n)."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {chr(b): b for b in visible} | {chr(256 + n): b for n, b in enumerate(hidden)}
-
-def visible(raw):
-    """Bytes as letters: · ⏎ ⇥ for white space, ‹e2 82› for parts of a character, ‹U+200B› for unseen ones."""
-    text = raw.decode("utf-8", errors="surrogateescape").translate({32: "·", 10: "⏎", 9: "⇥"})
-    text = re.sub("[\udc80-\udcff]+", lambda m: f"‹{m[0].encode('utf-8', 'surrogateescape').hex(' ')}›", text)
-    return "".join(c if c.isprintable() else f"‹U+{ord(c):04X}›" for c in text)
-
-def spell(tokenizer, ids):
-    """The visible spelling of each token: a piece of text, a marker, or part of a character."""
-    tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)  # of transformers
-    if isinstance(tokenizer, Bytes):
-        return [visible(bytes([i])) for i in ids]
-    if not hasattr(tokenizer, "id_to_token"):
-        return [visible(tokenizer.decode([i]).encode()) for i in ids]
-    letters, added = byte_letters(), tokenizer.get_added_tokens_decoder()
-    byte_level = "ByteLevel" in repr(tokenizer.decoder)
-
-    def one(i):
-        token = tokenizer.id_to_token(i)
-        if token is None:
-            return f"‹{i}›"  # vocabularies of models are padded
-        if i in added:
-            return token
-        if byte_level and all(letter in letters for letter in token):
-            return visible(bytes(letters[letter] for letter in token))
-        byte = re.fullmatch("<0x([0-9A-F]{2})>", token)  # sentencepiece
-        return visible(bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode())
-
-    return [one(i) for i in ids]
-
-def read_text(model, tokenizer, text, length):
+def read_text(model, tokenizer, text, length, window=None):
     """Ids of a text, or ids as they are, cut to what a page and the model can take -> ids (T), notes."""
     require = ds.require
     require(hasattr(model, "lm_head") and hasattr(model, "mtp_blocks"), "model: must be a DeepseekV3ForCausalLM")
@@ -214,29 +171,13 @@ def read_text(model, tokenizer, text, length):
     if isinstance(text, str):
         text = tokenizer.encode(text)
         text = getattr(text, "ids", text)
-    ids, window = torch.as_tensor(text, dtype=torch.int64).flatten(), model.config.max_position_embeddings
+    ids = torch.as_tensor(text, dtype=torch.int64).flatten()
     require(len(ids), "the text is empty: give at least one token")
     ds.check_ids("the text's tokens", ids, model.config.vocab_size)
+    window = window or model.config.max_position_embeddings
     most, why = (window, "the model's window") if window < length else (length, "a page")
     cut = f"The text has {len(ids):,} tokens; only the first {most:,} are shown, the most that {why} can hold."
     return ids[:most], [cut] if len(ids) > most else []
-
-# ---- The page's data -------------------------------------------------------------------------------
-
-def pack(values, levels=None):
-    """An array of the page; numbers that are not whole are rounded to `levels` steps from least to most."""
-    values = torch.as_tensor(values).detach().cpu().double().nan_to_num(0)
-    low, high = (float(values.min()), float(values.max())) if values.numel() else (0.0, 0.0)
-    offset, scale = (low, (high - low) / levels or 1.0) if levels else (0, 1)
-    whole = ((values - offset) / scale).round().numpy()
-    size = next(size for size in (1, 2, 4) if whole.max(initial=0) < 256**size)
-    data = base64.b64encode(zlib.compress(whole.astype(f"<u{size}").tobytes(), 9)).decode()
-    return {"shape": list(values.shape), "type": f"u{size}", "offset": offset, "scale": scale, "data": data}
-
-def unpack(array):
-    """The numbers of an array of the page."""
-    raw = np.frombuffer(zlib.decompress(base64.b64decode(array["data"])), "<" + array["type"])
-    return torch.from_numpy(array["offset"] + array["scale"] * raw.astype(np.float64)).view(array["shape"])
 
 def state_data(model, ids):
     """What the page shows of one checkpoint, and its sources; `best` still holds ids."""
@@ -246,7 +187,7 @@ def state_data(model, ids):
     heads = max(1, min(H, CELLS // (layers * T * (T + 1) // 2)))
     rows, columns = torch.tril_indices(T, T)
     attention = torch.stack([a[0, :heads, rows, columns].float().cpu() for a in seen.out.attentions])
-    state = {"attention": pack(attention, int(min(255, max(50, 8e6 // attention.numel()))))}
+    state = {"attention": pack(attention, int(min(255, max(50, 6e6 // attention.numel()))))}
     state |= {name: pack(values, 65535) for name, values in summary.items()}
     state |= {"best": prediction["ids"], "probability": pack(prediction["probability"], 255)}
     state |= {name: pack(prediction[name], 65535) for name in ("loss", "entropy")}
@@ -289,6 +230,16 @@ def at_checkpoint(model, given):
     model.load_state_dict(numbers["model_state_dict"])
     return re.sub("^step-0*", "step ", folder.name), model
 
+def summary(model):
+    """The model's sizes in a sentence."""
+    config, moe = model.config, len(routers(model))
+    groups = f" in {config.topk_group} of {config.n_group} groups" if config.n_group > 1 else ""
+    experts = f"{config.n_routed_experts} experts, of which a token visits {config.num_experts_per_tok}{groups}"
+    kinds = f"{moe} of them MoE layers with {experts}" if moe else "all dense: no MoE layers"
+    depths = config.num_nextn_predict_layers
+    modules = f"{depths or 'no'} MTP module{'' if depths == 1 else 's'}"
+    return f"{config.num_hidden_layers} layers of {config.num_attention_heads} attention heads, {kinds}; {modules}."
+
 def page_data(model, tokenizer, ids, checkpoints, corpus, name):
     """The JSON object of the module's docstring, but `notes` and `open`."""
     sizes, config = ("vocab_size", "num_hidden_layers", "num_attention_heads", "n_routed_experts"), model.config
@@ -314,9 +265,10 @@ def page_data(model, tokenizer, ids, checkpoints, corpus, name):
     about = {"name": name, "layers": config.num_hidden_layers, "heads": config.num_attention_heads}
     about |= {"experts": config.n_routed_experts, "groups": config.n_group, "kept": config.topk_group}
     about |= {"chosen": config.num_experts_per_tok, "mtp": config.num_nextn_predict_layers}
+    about |= {"moe_layers": list(routers(model)), "summary": summary(model)}
     words = {"ids": pack(vocabulary), "pieces": spell(tokenizer, vocabulary.tolist())}
     return {
-        "version": 1, "model": about | {"moe_layers": list(routers(model))}, "vocabulary": words,
+        "version": 1, "model": about, "vocabulary": words,
         "tokens": pack(torch.searchsorted(vocabulary, ids)), "sources": sources, "states": states, "corpus": read,
     }  # fmt: skip
 
@@ -327,8 +279,19 @@ PAGE = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none';
 script-src 'unsafe-inline';style-src 'unsafe-inline';img-src data:"><link rel="icon" href="data:,">
-<style>%STYLE%</style></head><body><noscript>This page needs JavaScript.</noscript>
-<script id="data" type="application/json">%DATA%</script><script>%SCRIPT%</script></body></html>
+</head><body><noscript>This page needs JavaScript.</noscript>
+<script id="data" type="application/json">%DATA%</script>
+<script>// view.css and view.js of the same folder, deflated
+const inflate = data => new Response(new Blob([Uint8Array.from(atob(data), letter => letter.charCodeAt(0))])
+  .stream().pipeThrough(new DecompressionStream("deflate")));
+async function add(kind, data) {
+  const node = document.createElement(kind);
+  node.textContent = await inflate(data).text();
+  document.head.append(node);
+}
+if (self.DecompressionStream) add("style", "%STYLE%").then(() => add("script", "%SCRIPT%"));
+else document.body.append("This page needs a browser of 2023 or later.");
+</script></body></html>
 """
 
 class View:
@@ -340,8 +303,7 @@ class View:
     @property
     def html(self):
         numbers = json.dumps(self.data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-        style, script = ((HERE / f"view.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-        script = re.sub(r"^\s*//.*\n|^\s+", "", script, flags=re.M)  # indents and comments stay in view.js
+        style, script = (deflate((HERE / f"view.{kind}").read_bytes()) for kind in ("css", "js"))
         parts = {"STYLE": style, "SCRIPT": script, "DATA": numbers, "TITLE": html.escape(self.data["model"]["name"])}
         return re.sub("%(STYLE|SCRIPT|DATA|TITLE)%", lambda part: parts[part[1]], PAGE)
 
@@ -358,8 +320,6 @@ class View:
 
     def figure(self):
         """The page as a still picture, a matplotlib Figure: tokens, routing, attention, loss."""
-        from viewpicture import draw
-
         return draw(self.data)
 
 def suffix(path):
@@ -376,16 +336,16 @@ def view(model, tokenizer, text, checkpoints=None, corpus=None, layer=None, head
     """
     config = model.config
     bytewise = tokenizer is None and config.vocab_size == 256
-    ds.require(bytewise or tokenizer is not None, "tokenizer: the model reads tokens: give the tokenizer it learnt with")
+    ds.require(bytewise or tokenizer is not None, "tokenizer: give the one that the model learnt with")
     tokenizer = Bytes() if bytewise else tokenizer
     layer = config.num_hidden_layers - 1 if layer is None else layer
     for what, value, count in (("layer", layer, config.num_hidden_layers), ("head", head, config.num_attention_heads)):
         ds.require(value in range(count), f"{what}={value}: must lie in 0..{count - 1}")
     ids, notes = read_text(model, tokenizer, text, length)
     if corpus is not None:
-        corpus, _ = read_text(model, tokenizer, corpus, CORPUS)
+        corpus, _ = read_text(model, tokenizer, corpus, CORPUS, CORPUS)
     data = page_data(model, tokenizer, ids, checkpoints or [], corpus, name)
-    return View(data | {"notes": notes, "open": {"layer": layer, "head": head, "token": len(ids) - 1}})
+    return View(data | {"notes": notes, "open": {"layer": layer, "head": head, "token": len(ids) // 2}})
 
 def parser():
     """The command line."""

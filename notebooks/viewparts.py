@@ -1,13 +1,84 @@
 # SPDX-License-Identifier: MIT
-"""The still picture of view.py: a text's tokens, routing, attention and loss as a matplotlib Figure."""
+"""Parts of view.py that know no model: tokens as visible text, arrays as JSON, the still picture."""
 
+import base64
+import re
+import zlib
+
+import numpy as np
+import torch
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from view import COLORS, unpack
-
+COLORS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999"]  # Okabe and Ito's
 PER_LINE = 110  # letters of the token strip
+
+# ---- Tokens as visible text ------------------------------------------------------------------------
+
+class Bytes:
+    """The tokenizer of a model over bytes: 256 ids, one for each."""
+
+    def encode(self, text):
+        return list(text.encode())
+
+def byte_letters():
+    """Byte-level tokenizers write a byte as itself if it is a visible letter, the others as chr(256 + n)."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(b): b for b in visible} | {chr(256 + n): b for n, b in enumerate(hidden)}
+
+def visible(raw):
+    """Bytes as letters: · ⏎ ⇥ for white space, ‹e2 82› for parts of a character, ‹U+200B› for unseen ones."""
+    text = raw.decode("utf-8", errors="surrogateescape").translate({32: "·", 10: "⏎", 9: "⇥"})
+    text = re.sub("[\udc80-\udcff]+", lambda m: f"‹{m[0].encode('utf-8', 'surrogateescape').hex(' ')}›", text)
+    return "".join(c if c.isprintable() else f"‹U+{ord(c):04X}›" for c in text)
+
+def spell(tokenizer, ids):
+    """The visible spelling of each token: a piece of text, a marker, or part of a character."""
+    tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)  # of transformers
+    if isinstance(tokenizer, Bytes):
+        return [visible(bytes([i])) for i in ids]
+    if not hasattr(tokenizer, "id_to_token"):
+        return [visible(tokenizer.decode([i]).encode()) for i in ids]
+    letters, added = byte_letters(), tokenizer.get_added_tokens_decoder()
+    byte_level = "ByteLevel" in repr(tokenizer.decoder)
+
+    def one(i):
+        token = tokenizer.id_to_token(i)
+        if token is None:
+            return f"‹{i}›"  # vocabularies of models are padded
+        if i in added:
+            return token
+        if byte_level and all(letter in letters for letter in token):
+            return visible(bytes(letters[letter] for letter in token))
+        byte = re.fullmatch("<0x([0-9A-F]{2})>", token)  # sentencepiece
+        return visible(bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode())
+
+    return [one(i) for i in ids]
+
+# ---- Arrays as JSON --------------------------------------------------------------------------------
+
+def deflate(raw):
+    """Bytes as base64 of a zlib stream."""
+    return base64.b64encode(zlib.compress(raw, 9)).decode()
+
+def pack(values, levels=None):
+    """An array of the page; numbers that are not whole are rounded to `levels` steps from least to most."""
+    values = torch.as_tensor(values).detach().cpu().double().nan_to_num(0)
+    low, high = (float(values.min()), float(values.max())) if values.numel() else (0.0, 0.0)
+    offset, scale = (low, (high - low) / levels or 1.0) if levels else (0, 1)
+    whole = ((values - offset) / scale).round().numpy()
+    size = next(size for size in (1, 2, 4) if whole.max(initial=0) < 256**size)
+    data = deflate(whole.astype(f"<u{size}").tobytes())
+    return {"shape": list(values.shape), "type": f"u{size}", "offset": offset, "scale": scale, "data": data}
+
+def unpack(array):
+    """The numbers of an array of the page."""
+    raw = np.frombuffer(zlib.decompress(base64.b64decode(array["data"])), "<" + array["type"])
+    return torch.from_numpy(array["offset"] + array["scale"] * raw.astype(np.float64)).view(array["shape"])
+
+# ---- The still picture -----------------------------------------------------------------------------
 
 def draw(data):
     """A page's data -> Figure; no pyplot, so that nothing but the caller holds or closes it."""
@@ -86,8 +157,8 @@ def attention(figure, ax, state, tokens, opened):
     table[rows, columns] = cells[layer, head]
     image = ax.imshow(table, cmap="cividis", vmin=0, interpolation="nearest")
     sink, distance = (float(unpack(state[name])[layer, head]) for name in ("sink", "distance"))
-    ax.set_title(f"layer {layer}, head {head}: attention; {sink:.0%} on the first,\n{distance:.1f} tokens back on average",
-                 fontsize=10)  # fmt: skip
+    told = f"{sink:.0%} on the first,\n{distance:.1f} tokens back on average"
+    ax.set_title(f"layer {layer}, head {head}: attention; {told}", fontsize=10)
     ax.set_xlabel("key: token that is read", fontsize=9)
     ax.set_ylabel("query: token that reads", fontsize=9)
     label(ax.xaxis, tokens, 90)
@@ -98,7 +169,7 @@ def losses(ax, data, state, T):
     """Loss of each token as it came, by the model and the MTP modules."""
     loss = unpack(state["loss"])
     for (row, source), color in zip(enumerate(data["sources"]), COLORS, strict=False):
-        if source["name"].startswith("layer") or T <= source["ahead"]:
+        if source["name"].startswith("layer") or source["ahead"] >= T:
             continue
         values = loss[row, : T - source["ahead"]]
         places = range(source["ahead"], T)
