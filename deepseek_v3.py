@@ -707,11 +707,16 @@ class Experts(nn.Module):
         return out.to(x.dtype).view_as(x)
 
     def kernel_takes(self, x: Tensor, dtype: torch.dtype) -> bool:
-        """GPU, or training on a CPU: the grouped kernel, for widths of whole 16 bytes, not in FP8.
+        """Whether the grouped kernel is the better one, for widths of whole 16 bytes, not in FP8.
 
-        In inference on a CPU the loop is as fast, and reads no expert that nobody visits.
+        It is in training on a CPU; in inference the loop is as fast, and reads no expert that nobody
+        visits. GPUs have it for bfloat16 since Hopper; others go through all experts, not the visited.
         """
-        if not (x.is_cuda or x.requires_grad or is_traced(x)):
+        if x.is_cuda and not is_traced(x):
+            better = dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+        else:
+            better = x.requires_grad or is_traced(x)
+        if not better:
             return False
         plain = self.gate_proj.dtype != FP8 and dtype in (torch.float32, torch.bfloat16)
         return plain and all(dtype.itemsize * width % 16 == 0 for width in self.gate_proj.shape[1:])
@@ -741,7 +746,7 @@ class Experts(nn.Module):
         hidden = F.silu(product(rows, gate, offs=ends)) * product(rows, up, offs=ends)  # (B*T*K, F)
         visits = product(hidden, down, offs=ends)  # (B*T*K, D)
         visits = torch.empty_like(visits).index_copy_(0, order, visits).unflatten(0, weights.shape)
-        return (visits * weights.unsqueeze(-1)).sum(-2)  # (B*T, D) Eq. 12
+        return (weights.unsqueeze(1).to(visits.dtype) @ visits).squeeze(1)  # (B*T, D) Eq. 12
 
 class MoE(nn.Module):
     """Shared experts for every token, K routed ones by choice, Eq. 12; x (B, T, D) -> the same, Routing."""
@@ -853,6 +858,10 @@ class ModelOutput:
     def to_tuple(self) -> tuple:
         return self[:]
 
+    def as_asked(self, return_dict: bool | None) -> Self | tuple:
+        """This, or with return_dict=False a plain tuple."""
+        return self[:] if return_dict is False else self
+
 # FSDP, DDP, torch.export and torch.func look for tensors in a model's output: they are in its fields.
 torch.export.register_dataclass(ModelOutput, serialized_type_name="deepseek_v3.ModelOutput")
 
@@ -926,7 +935,7 @@ class PreTrainedModel(nn.Module):
     def resize_token_embeddings(self, size: int) -> nn.Module:
         """Make room for `size` tokens; rows of new ones are the mean of the old."""
         for module in filter(None, (self.get_input_embeddings(), self.get_output_embeddings())):
-            old = module.weight  # (vocab, D)
+            old = module.weight
             rows = torch.cat([old, old.mean(0, keepdim=True).expand(max(0, size - len(old)), -1)])[:size]
             module.weight = nn.Parameter(rows.contiguous(), old.requires_grad)
             module.num_embeddings = module.out_features = size
@@ -1017,8 +1026,6 @@ class DeepseekV3Model(PreTrainedModel):
         `return_dict=False` asks for a plain tuple.
         """
         check_inputs(input_ids, inputs_embeds, self.config)  # section 10, as all checks
-        output_attentions = output_attentions or getattr(self.config, "output_attentions", False)
-        output_hidden_states = output_hidden_states or getattr(self.config, "output_hidden_states", False)
         x = embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, D)
         cache = LatentCache() if use_cache and past_key_values is None else past_key_values
         check_context(self, x, attention_mask, position_ids, cache)
@@ -1029,15 +1036,14 @@ class DeepseekV3Model(PreTrainedModel):
         last = self.norm(x.to(home(self.norm, x))).to(embeds.device)  # (B, T, D)
         if cache is not None:
             cache.advance(documents, x.shape[1])
-        out = ModelOutput(
+        return ModelOutput(
             last_hidden_state=last, past_key_values=cache, inputs_embeds=embeds,
             documents=None if documents is None else documents[:, -x.shape[1] :],
             hidden_states=(embeds, *states[:-1], last) if output_hidden_states else None,
             attentions=attentions if output_attentions else None,
             routing=tuple(filter(None, routings)) if output_routing or self.training else None,
             balance_loss=balance(layers, routings, documents, last) if self.training else None,  # section 9
-        )  # fmt: skip
-        return out[:] if return_dict is False else out
+        ).as_asked(return_dict)  # fmt: skip
 
     def context(self, positions: Tensor, documents: Maybe, mask: Maybe, cache: LatentCache | None) -> Context:
         """What all layers share, from where the new tokens (B or 1, T) stand."""
@@ -1101,7 +1107,7 @@ class DeepseekV3ForCausalLM(PreTrainedModel):
             self.look_ahead(out, attention_mask, position_ids)
         if labels is not None:
             causal_losses(self, out, labels, num_items_in_batch)  # section 9
-        return out[:] if return_dict is False else out
+        return out.as_asked(return_dict)
 
     @property
     def mtp_blocks(self) -> nn.ModuleList:
@@ -1185,7 +1191,7 @@ class DeepseekV3ForTokenClassification(PreTrainedModel):
         out.logits = self.score(self.pool(out.last_hidden_state, input_ids, attention_mask))
         if labels is not None:
             classification_loss(self, out, labels, num_items_in_batch)  # section 9
-        return out[:] if return_dict is False else out
+        return out.as_asked(return_dict)
 
     def pool(self, hidden: Tensor, input_ids: Maybe, attention_mask: Maybe) -> Tensor:
         return hidden
@@ -1309,7 +1315,7 @@ def update_router_bias(model: PreTrainedModel, gamma: float, centred: bool) -> l
     routers = [module for module in model.modules() if isinstance(module, Router)]
     if not routers:
         return []
-    loads = torch.stack([router.load.to(model.device) for router in routers])  # (routers, E)
+    loads = torch.stack([router.load.to(model.device) for router in routers])
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(loads)  # of the global batch, on every rank
     total, E = loads.sum(-1, keepdim=True), loads.shape[-1]
@@ -1490,7 +1496,7 @@ class Sampling:
         (B, T, vocab), logits = logits.shape, upcast(logits).clone()
         for rows, ids in gained.histories():
             for t in range(T):
-                before, scores = torch.cat([ids, drafts[rows, :t]], 1), logits[rows, t]  # of one row, or of all
+                before, scores = torch.cat([ids, drafts[rows, :t]], 1), logits[rows, t]
                 real = F.pad(gained.real[rows], (0, before.shape[1] - gained.real.shape[1]), value=True)
                 seen = torch.zeros_like(scores).scatter_add(-1, before, real.to(scores.dtype)) > 0
                 less = torch.where(scores > 0, scores / self.repetition_penalty, scores * self.repetition_penalty)
@@ -2089,7 +2095,8 @@ def mtp_copies(model, depth=None):
 def load_pretrained(cls, directory, device_map, dtype, num_hidden_layers, max_memory, overrides):
     """PreTrainedModel.from_pretrained: names and shapes are checked before anything is loaded."""
     known = {str(kind).removeprefix("torch."): kind for kind in KINDS.values() if kind != FP8}
-    require(dtype in (None, "auto", *known, *known.values()), f"{dtype=}: must be None, 'auto' or {', '.join(known)}")
+    right = f"must be None, 'auto' or {', '.join(known)}"
+    require(dtype in (None, "auto", *known, *known.values()), f"{dtype=}: {right}")
     dtype = known.get(str(dtype).removeprefix("torch."))
     check_overrides(overrides)
     stored = Checkpoint(directory)
@@ -2114,8 +2121,7 @@ def load_pretrained(cls, directory, device_map, dtype, num_hidden_layers, max_me
                 weight.normal_(0, model.config.initializer_range if weight.ndim > 1 else 0)
         stored.newest = (None, None)  # closed, a file lets go of the pages that were read
     model.tie_weights()
-    trunk = getattr(model, "model", model)  # makes positions, and so angles, where its embedding is
-    trunk.rotary_emb.to(trunk.embed_tokens.weight.device)
+    model.base_model.rotary_emb.to(model.device)  # positions, and so angles, are made where the embedding is
     if (stored.directory / GENERATION).is_file():
         vars(model.generation_config).update(read_json(stored.directory / GENERATION))
     files = (path for pattern in TOKENIZER_FILES for path in stored.directory.glob(pattern) if path.is_file())
@@ -2321,12 +2327,12 @@ def check_savable(model):
     """ValueError for a model that its config does not describe, or that has no numbers to write."""
     ours = next(kind for kind in type(model).__mro__ if kind.__module__ == __name__)
     L, mtp = model.config.num_hidden_layers, model.config.num_nextn_predict_layers
+    def shapes(each):
+        names = released_names(each).items()
+        return {piece: find_tensor(each, name).shape[-2:] for name, pieces in names for piece in pieces}
+
     with torch.device("meta"):
-        plain = ours(model.config)
-    wanted, held = (
-        {piece: find_tensor(each, name).shape[-2:] for name, pieces in released_names(each).items() for piece in pieces}
-        for each in (plain, model)
-    )
+        wanted, held = shapes(ours(model.config)), shapes(model)
     odd = sorted(name for name in wanted.keys() | held.keys() if wanted.get(name) != held.get(name))
     if ours is DeepseekV3Model:  # a causal model's own has MTP modules behind its layers
         odd = [name for name in odd if not name.startswith(tuple(f"model.layers.{L + k}." for k in range(mtp)))]
@@ -2416,6 +2422,7 @@ def corpus_files(data):
     """The files of a file or folder, or of the Python standard library, and how many are passed over."""
     root = Path(sysconfig.get_path("stdlib") if data is None else data)
     if root.is_file():
+        any(False for _ in read_pieces(root))  # an error names it, if it is no text
         return [root], 0
     skipped, files, left_out = UNTYPICAL if data is None else {"__pycache__"}, [], []
     for path in sorted(root.rglob("*.py" if data is None else "*")):
@@ -2622,7 +2629,8 @@ def training_config(options):
 
 def check_training(options, config, world):
     """ValueError for options that cannot work together or on this machine, before anything is written."""
-    require(not (options.source and (options.config or options.vocab_size)), "--from brings its config and tokenizer")
+    apart = not (options.source and (options.config or options.vocab_size))
+    require(apart, "--from brings its config and tokenizer")
     parts = world * options.accumulate
     require(options.batch % parts == 0, f"--batch {options.batch}: must be a multiple of {parts}, its parts")
     with torch.device("meta"):  # every process builds the whole model before it is split
@@ -2706,7 +2714,8 @@ class Trainer:
                 same = then.get(name) == now.get(name)
                 require(same, f"--resume: {name} is {now.get(name)}, but was {then.get(name)}")
             if then["steps"] != options.steps:
-                print(f"--resume: {then['steps']} steps become {options.steps}: the schedule follows", file=sys.stderr)
+                changed = f"{then['steps']} steps become {options.steps}: the schedule follows"
+                print(f"--resume: {changed}", file=sys.stderr)
         else:
             order = torch.randperm(len(files), generator=torch.Generator().manual_seed(options.seed))
             prepare_data(options, self.config, [files[i] for i in order])
@@ -2896,8 +2905,8 @@ def print_end(trainer):
     text = tokenizer.decode(corpus.tokens[corpus.cut : corpus.cut + 24].tolist())
     prompt = next((line for line in text.splitlines() if line.strip()), "")[:40]  # how unseen text begins
     model = DeepseekV3ForCausalLM.from_pretrained(trainer.out)
-    sampling = {"do_sample": True, "temperature": 0.7}
-    stream_text(model, tokenizer, text_ids(trainer.out, tokenizer, prompt), 100, trainer.options.seed, prompt, sampling)
+    ids, settings = text_ids(trainer.out, tokenizer, prompt), {"do_sample": True, "temperature": 0.7}
+    stream_text(model, tokenizer, ids, 100, trainer.options.seed, prompt, settings)
     print(f"\n\nNext: python deepseek_v3.py generate {trainer.options.out} {shlex.quote(prompt)}")
 
 def evaluate_command(options):
@@ -2925,7 +2934,8 @@ def generate_command(options):
     settings = {name: getattr(options, name) for name in ("top_k", "top_p", "min_p")}
     settings |= {"do_sample": options.temperature > 0, "temperature": options.temperature or 1.0}
     settings |= {"use_mtp": options.mtp, "num_draft_tokens": options.draft_tokens, "statistics": steps}
-    stream_text(model, tokenizer, ids, options.max_new_tokens, options.seed, "" if options.chat else prompt, settings)
+    echo = "" if options.chat else prompt
+    stream_text(model, tokenizer, ids, options.max_new_tokens, options.seed, echo, settings)
     print()
     if steps:  # (drafted, accepted) of each
         gain = 1 + sum(accepted for _, accepted in steps) / len(steps)
@@ -2965,8 +2975,8 @@ def chat_prompt(directory, text):
         named = {str(each.get("name")): each.get("template") for each in template if isinstance(each, dict)}
         template = named.get("default")
     require(isinstance(template, str), f"{directory}: no chat template in its tokenizer_config.json")
-    markers = {name: given for name, given in settings.items() if name.endswith("_token") and type(given) is not bool}
-    markers = {name: given.get("content") if isinstance(given, dict) else given for name, given in markers.items()}
+    markers = {n: value for n, value in settings.items() if n.endswith("_token") and not isinstance(value, bool)}
+    markers = {n: value.get("content") if isinstance(value, dict) else value for n, value in markers.items()}
     environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
     )

@@ -15,11 +15,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from deepseek_v3 import Corpus, DeepseekV3ForCausalLM, Sampling  # noqa: E402
+from deepseek_v3 import Corpus, DeepseekV3ForCausalLM, Sampling, token_dtype  # noqa: E402
 
 DRAFTS = (0, 1, 2, 4)  # 0: plain decoding
 
@@ -110,8 +111,9 @@ def main():
     folder = Path(options.directory)
     model = DeepseekV3ForCausalLM.from_pretrained(folder).eval()
     tokenizer, config = Tokenizer.from_file(str(folder / "tokenizer.json")), model.config
-    corpus = Corpus(folder / "tokens.bin", config.vocab_size, config.eos_token_id, 1024, 0)
-    windows = corpus.held_out(options.prompts)[0]
+    tokens = np.fromfile(folder / "tokens.bin", token_dtype(config.vocab_size))
+    corpus = Corpus(tokens, config.bos_token_id, 1024)
+    windows = corpus.read(corpus.held_out(1024 * options.prompts))["input_ids"]
     prompts = [window[None, : options.prompt_tokens] for window in windows]
     blank = {i for i in range(config.vocab_size) if not tokenizer.decode([i]).strip()}
     model.generate(prompts[0], max_new_tokens=16, use_mtp=True)  # warm up

@@ -8,18 +8,19 @@ dense    the tiny model against a dense one of the same activated size, in the s
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import deepseek_v3  # noqa: E402
 
-CORPUS = {}  # the folder whose tokenizer and tokens all runs share
 
 # ---- FP8 in simulation, §3.3: what multiplies is rounded to E4M3, products add up in float32 ----
 
@@ -88,14 +89,11 @@ def swap_in_fp8(model):
 
 
 def start(out, seed=0, steps=250, config=None, flags=()):
-    """A Trainer in folder `out`, on the corpus that all runs share."""
+    """A Trainer in folder `out`, on the standard library."""
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("tokenizer.json", "tokens.bin"):
-        if (CORPUS.get("folder") or out) != out:
-            (out / name).write_bytes((CORPUS["folder"] / name).read_bytes())
-    CORPUS.setdefault("folder", out)
-    words = ["train", "--out", str(out), "--steps", str(steps), "--seed", str(seed), "--resume", *flags]
+    words = ["train", "--out", str(out), "--steps", str(steps), "--seed", str(seed), *flags]
     if config is not None:
+        config = {name: value for name, value in config.items() if name != "mtp_loss_weight"}  # by the schedule
         (out / "given.json").write_text(json.dumps(config))
         words += ["--config", str(out / "given.json")]
     return deepseek_v3.Trainer(deepseek_v3.parser().parse_args(words))
@@ -109,7 +107,7 @@ def train(out, *arguments, change=lambda model: model, **options):
         lines.append(trainer.train_step())
         print(f"\r{out.name} step {trainer.step} loss {lines[-1]['main_loss']:.3f}", end="", file=sys.stderr)
     print(file=sys.stderr)
-    lines[-1] |= trainer.evaluate()
+    lines[-1] |= trainer.evaluate(math.inf)
     return lines
 
 
@@ -158,12 +156,12 @@ def fp8(folder, steps, seeds):
 
 def forward(folder, steps, seeds, checkpoint="out"):
     model = deepseek_v3.DeepseekV3ForCausalLM.from_pretrained(checkpoint)
-    vocabulary = model.config.vocab_size, model.config.eos_token_id
-    corpus = deepseek_v3.Corpus(Path(checkpoint) / "tokens.bin", *vocabulary, 128, 0)
-    tokens, labels = corpus.held_out(32)
+    tokens = np.fromfile(Path(checkpoint) / "tokens.bin", deepseek_v3.token_dtype(model.config.vocab_size))
+    corpus = deepseek_v3.Corpus(tokens, model.config.bos_token_id, 128)
+    inputs = corpus.read(corpus.held_out(4096))
     with torch.no_grad():
-        plain = model(tokens, labels=labels).main_loss.item()
-        rounded = swap_in_fp8(model)(tokens, labels=labels).main_loss.item()
+        plain = model(**inputs).main_loss.item()
+        rounded = swap_in_fp8(model)(**inputs).main_loss.item()
     print(f"held-out loss {plain:.4f}, with products in FP8 {rounded:.4f}: {rounded / plain - 1:+.2%}")
 
 

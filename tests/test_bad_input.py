@@ -153,7 +153,8 @@ OTHERS = {"torch_dtype": torch.bfloat16, "device": "cuda", "token": "hf_x", "loa
 
 @pytest.mark.parametrize("name", [*OTHERS, "trust_remote_code", "hiden_size"])
 def test_a_keyword_that_is_no_argument_is_named(folder, name):
-    hint = "use dtype" if name == "torch_dtype" else "no argument"
+    hints = {"torch_dtype": "use dtype", "device": "use device_map", "token": "nothing is downloaded"}
+    hint = (hints | {"trust_remote_code": "no code of the folder runs"}).get(name, "no argument")
     for cls in (DeepseekV3ForCausalLM, DeepseekV3Model, DeepseekV3Config):
         given = {name: OTHERS.get(name, 8)}
         refuses(f"from_pretrained({name}=…): {hint}", cls.from_pretrained, folder, **given)

@@ -4,6 +4,7 @@
 Wherever transformers has the thing, its own classes say what is right.
 """
 
+import copy
 import json
 import warnings
 
@@ -78,6 +79,7 @@ ASKED = {
     "embeddings": {"inputs_embeds": True},
     "embeddings and ids": {"inputs_embeds": True, "input_ids": True},
     "cache": {"past_key_values": 2},
+    "cache and embeddings": {"past_key_values": 2, "inputs_embeds": True, "input_ids": True},
 }
 
 def asked_of(model, asked, ids, mask, ours=True):
@@ -88,8 +90,10 @@ def asked_of(model, asked, ids, mask, ours=True):
         given["input_ids"] = ids if "input_ids" in ASKED[asked] else None
     if "past_key_values" in given:
         held = slice(0, given["past_key_values"])
-        first = None if mask is None else mask[:, held]
-        given["past_key_values"] = model(ids[:, held], attention_mask=first, use_cache=True).past_key_values
+        first = {"attention_mask": None if mask is None else mask[:, held], "use_cache": True}
+        embeds = given.get("inputs_embeds")
+        first |= {"input_ids": ids[:, held]} if embeds is None else {"inputs_embeds": embeds[:, held]}
+        given["past_key_values"] = model(**first).past_key_values
     if not ours:
         listed = given.get("logits_processor", [])
         listed = listed if isinstance(listed, list) else [listed]
@@ -272,6 +276,15 @@ def test_a_twin_computes_the_same_and_is_read_by_its_own_class(tmp_path, twin):
     written, was = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("ours", "theirs"))
     assert {key: written.get(key) for key in was if key not in ("dtype", "rope_parameters")}.items() <= was.items()
 
+@pytest.mark.parametrize(("prefix", "kind"), [("Glm4MoeLite", "glm4_moe_lite"), ("Youtu", "youtu")])
+def test_what_a_twin_s_config_leaves_out_is_as_in_its_own_class(prefix, kind):
+    config, other = DeepseekV3Config(model_type=kind), getattr(transformers, prefix + "Config")()
+    assert config.tie_word_embeddings == other.tie_word_embeddings and config.rope_scaling is None
+    assert config.num_nextn_predict_layers == 0 and config.kind == kind == config.to_dict()["model_type"]
+    if kind == "glm4_moe_lite":
+        assert (config.n_group, config.topk_group) == (other.n_group, other.topk_group)
+        assert config.first_k_dense_replace == other.mlp_layer_types.count("dense")
+
 def test_a_dense_layer_behind_a_sparse_one_is_refused():
     with pytest.raises(ValueError, match="mlp_layer_types=.*'dense' layers, then 'sparse'"):
         DeepseekV3Config(model_type="glm4_moe_lite", **GLM, mlp_layer_types=["dense", "sparse", "dense"])
@@ -307,6 +320,55 @@ def test_problem_type_says_which_loss(tmp_path, kind):
     model.config.extra["problem_type"] = "guessing"
     with pytest.raises(ValueError, match="problem_type='guessing': must be one of regression"):
         model(IDS, labels=labels[1])
+
+# ---- What models, outputs and configs are asked --------------------------------------------------
+
+def test_an_output_is_a_mapping_of_what_is_there_and_a_tuple(pair):
+    """In transformers' order; our last_hidden_state, which is always there, stands behind logits."""
+    outs = [model(IDS, labels=IDS, output_attentions=True, use_cache=True) for model in pair]
+    assert [name for name in outs[0] if name in outs[1]] == list(outs[1].keys())
+    assert len(outs[0]) == len(outs[0].to_tuple()) == len(list(outs[0].keys()))
+    assert outs[0].to_tuple()[1] is outs[0][1] is outs[0]["logits"] and "routing" not in outs[0]
+    assert pair[0](IDS, return_dict=False)[0].shape == (2, 9, 61)
+    head = build(DeepseekV3ForSequenceClassification)(IDS, return_dict=False)
+    assert type(head) is tuple and head[0].shape == (2, 2)
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("size", [70, 50])
+def test_a_vocabulary_grows_and_shrinks_and_is_saved(tmp_path, tied, size):
+    model = build(tie_word_embeddings=tied)
+    old, kept = model(IDS % 50).logits, min(size, 61)
+    assert model.resize_token_embeddings(size) is model.get_input_embeddings() is model.base_model.embed_tokens
+    close(model(IDS % 50).logits[..., :kept], old[..., :kept], 1e-6)
+    assert model.get_input_embeddings().num_embeddings == model.lm_head.out_features == size
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert_same(again, model)
+    assert again.get_output_embeddings().weight.shape == (size, 32) and again.config.vocab_size == size
+    assert (again.get_output_embeddings().weight is again.get_input_embeddings().weight) == tied
+    assert model.generate(IDS % 50, max_new_tokens=4).shape == (2, 13)
+    other = theirs(tmp_path)
+    close(other(IDS % 50).logits, model(IDS % 50).logits, 1e-4)
+    main = build(num_nextn_predict_layers=0, tie_word_embeddings=tied, vocab_size=size)
+    assert main.num_parameters() == other.num_parameters()
+
+def test_gradients_reach_adapters_in_recomputed_layers_that_are_frozen():
+    model = build(num_nextn_predict_layers=0).train().requires_grad_(False)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    model.model.layers[0].self_attn.o_proj.weight.requires_grad_()
+    assert model.gradient_checkpointing and model.num_parameters(only_trainable=True) == 32 * 15
+    model(IDS, labels=IDS).loss.backward()
+    assert model.model.layers[0].self_attn.o_proj.weight.grad.abs().max() > 0
+    model.gradient_checkpointing_disable()
+    assert not model.gradient_checkpointing and model(IDS).inputs_embeds.requires_grad
+    model.set_input_embeddings(torch.nn.Embedding(61, 32))
+    assert model.model.embed_tokens is model.get_input_embeddings()
+
+def test_a_kept_key_of_a_config_reads_like_a_field():
+    config = DeepseekV3Config(use_cache=False)
+    assert config.use_cache is False and not hasattr(config, "sliding_window")
+    assert copy.deepcopy(config).use_cache is False and config.get_text_config() is config
 
 # ---- Saving -------------------------------------------------------------------------------------
 

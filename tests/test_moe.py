@@ -195,10 +195,10 @@ def train_step(model, *batches, gamma=0.01, **more):
     violations = model.update_router_bias(gamma, **more)
     return torch.stack(router_biases(model)), violations
 
-def visits(model, ids, mask=None):
+def visits(model, ids, mask=None, training=False):
     """How many real tokens visit each expert of each layer, counted one by one: (layers, E)."""
-    with torch.no_grad():
-        routing = model.eval()(ids, mask, output_routing=True).routing
+    with torch.set_grad_enabled(training):
+        routing = model.train(training)(ids, mask, output_routing=True).routing
     counts = torch.zeros(len(routing), E)
     for layer, decision in enumerate(routing):
         for b, t in (torch.ones_like(ids) if mask is None else mask).nonzero().tolist():
@@ -278,7 +278,7 @@ def test_loads_are_whole_numbers_that_bfloat16_does_not_round():
     """900 tokens: above 256 a bfloat16 count would skip, and near ties change sign."""
     bfloat16 = dict(dtype=torch.bfloat16, **PLAIN)
     violations = train_step(build(**bfloat16), (tokens(3, 300), None))[1]
-    assert violations == violations_of(visits(build(**bfloat16), tokens(3, 300)))
+    assert violations == violations_of(visits(build(**bfloat16), tokens(3, 300), training=True))
 
 def test_checkpointing_has_the_same_gradients_and_counts_once():
     """One of two unlike batches is recomputed: counted twice, it would outweigh the other."""
