@@ -2751,7 +2751,11 @@ class Trainer:
                 group["lr"] = lr
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             norm = float(getattr(norm, "full_tensor", lambda: norm)())
-            self.check_finite(losses["loss"], norm)
+            if not math.isfinite(losses["loss"] + norm):
+                states = sorted((self.out / "states").glob("step-????????"))
+                where = f"the last good state is {states[-1]}" if states else "no state was saved yet"
+                what = f"the loss is {losses['loss']}, the gradient's norm {norm}"
+                raise FloatingPointError(f"step {self.step + 1}: {what}; {where}")
             self.optimizer.step()
             self.optimizer.zero_grad()
             gamma = options.gamma if progress < 14.3 / 14.8 else 0.0
@@ -2780,14 +2784,6 @@ class Trainer:
         if self.world > 1:
             torch.distributed.all_reduce(sums)
         return dict(zip(names, sums.tolist(), strict=True))
-
-    def check_finite(self, loss, norm):
-        """FloatingPointError, before the optimizer step, that says where the last good state is."""
-        if not math.isfinite(loss + norm):
-            what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient's norm is {norm}"
-            states = sorted((self.out / "states").glob("step-????????"))
-            where = f"the last good state is {states[-1]}" if states else "no state was saved yet"
-            raise FloatingPointError(f"step {self.step + 1}: the {what}; {where}")
 
     def evaluate(self, tokens):
         """Losses on the held-out text, or on so many tokens of it."""
@@ -3088,38 +3084,43 @@ def within(least, most, kind=int):
 
     return number
 
-def parser():
-    """The command line, a sub-command for each of the four functions above."""
-    main, count, part = Parser(prog="deepseek_v3.py"), within(1, 1e9), within(0, 1, float)
-    commands = main.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train a model on text")
-    add = train.add_argument_group("what is trained").add_argument
+COUNT, PART = within(1, 1e9), within(0, 1, float)
+
+def train_options(group):
+    """What `train` takes, in groups."""
+    add = group("what is trained").add_argument
     add("--data", help="text file or folder (default: Python's standard library)")
     add("--config", help="config.json of the model (default: the tiny one)")
     add("--from", dest="source", metavar="DIR", help="go on from the weights and tokenizer of a checkpoint")
     add("--vocab-size", type=within(258, LARGEST), help="tokens to learn (default: the config's, 2048)")
     add("--isolate", action="store_true", help="documents in one window do not see each other")
     add("--seed", type=within(0, 1e12), default=0)
-    add = train.add_argument_group("how").add_argument
-    add("--steps", type=count, default=550)
-    add("--batch", type=count, default=16, help="sequences of all processes")
+    add = group("how").add_argument
+    add("--steps", type=COUNT, default=550)
+    add("--batch", type=COUNT, default=16, help="sequences of all processes")
     add("--length", type=within(4, 1e9), default=128, help="tokens per sequence")
     add("--lr", type=within(1e-9, 100, float), default=4e-3, help="highest learning rate")
-    add("--warmup", type=part, default=0.1, help="part of the steps over which it rises")
-    add("--gamma", type=part, default=0.002, help="step of the router bias")
+    add("--warmup", type=PART, default=0.1, help="part of the steps over which it rises")
+    add("--gamma", type=PART, default=0.002, help="step of the router bias")
     add("--centred", action="store_true", help="router bias steps of mean zero")
-    add = train.add_argument_group("on which machine").add_argument
+    add = group("on which machine").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--accumulate", type=count, default=1, help="parts a batch runs in")
+    add("--accumulate", type=COUNT, default=1, help="parts a batch runs in")
     add("--recompute", action="store_true", help="recompute layers to save memory")
-    add = train.add_argument_group("what is written").add_argument
+    add = group("what is written").add_argument
     add("--out", default="out", help="folder for checkpoint, tokenizer, states, metrics.jsonl")
     add("--resume", action="store_true", help="go on from the newest state in --out")
     add("--overwrite", action="store_true", help="replace the run that --out holds")
-    add("--save-every", type=count, default=250, help="steps between states")
-    add("--keep", type=count, default=2, help="states to keep")
-    add("--eval-every", type=count, default=100, help="steps")
-    add("--eval-tokens", type=count, default=4096, help="of held-out text; at the end, all of it")
+    add("--save-every", type=COUNT, default=250, help="steps between states")
+    add("--keep", type=COUNT, default=2, help="states to keep")
+    add("--eval-every", type=COUNT, default=100, help="steps")
+    add("--eval-tokens", type=COUNT, default=4096, help="of held-out text; at the end, all of it")
+
+def parser():
+    """The command line, a sub-command for each of the four functions above."""
+    main = Parser(prog="deepseek_v3.py")
+    commands = main.add_subparsers(dest="command", required=True)
+    train_options(commands.add_parser("train", help="train a model on text").add_argument_group)
     score = commands.add_parser("evaluate", help="loss of a model on text").add_argument
     score("directory", help="checkpoint folder")
     score("--data", required=True, help="text file or folder")
@@ -3134,7 +3135,7 @@ def parser():
     run("--temperature", type=within(0, 1e6, float), default=0.7, help="0: greedy")
     run("--top-k", type=within(0, 1e9), default=0, help="draw from so many likeliest tokens")
     run("--top-p", type=within(1e-9, 1, float), default=1.0, help="from the likeliest of this probability")
-    run("--min-p", type=part, default=0.0, help="from those this likely, beside the likeliest")
+    run("--min-p", type=PART, default=0.0, help="from those this likely, beside the likeliest")
     run("--seed", type=within(0, 1e12), default=0)
     run("--device", default="auto")
     run("--mtp", action="store_true", help="draft with the MTP modules: fewer steps")
