@@ -1359,12 +1359,6 @@ def require(holds: Any, otherwise: str) -> None:
     if not holds:
         raise ValueError(otherwise)
 
-def described(value: Any) -> str:
-    """What was given, for an error: a tensor's dtype and shape, or the type of something else."""
-    if isinstance(value, Tensor):
-        return f"{value.dtype} of shape {tuple(value.shape)}"
-    return type(value).__name__
-
 IDS = (torch.int64, torch.int32)
 FLOATS = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
 MASKS = (torch.bool, torch.int64, torch.int32, torch.uint8, *FLOATS)
@@ -1377,7 +1371,9 @@ def check_tensor(name: str, given: Any, dtypes: tuple, *shapes: tuple) -> None:
             return
     kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     forms = " or ".join("(" + ", ".join(map(str, shape)) + ")" for shape in shapes)
-    raise ValueError(f"{name}: {described(given)}: must be a tensor of shape {forms}, {kinds}")
+    tensor = isinstance(given, Tensor)
+    what = f"{given.dtype} of shape {tuple(given.shape)}" if tensor else type(given).__name__
+    raise ValueError(f"{name}: {what}: must be a tensor of shape {forms}, {kinds}")
 
 def check_inputs(input_ids: Any, inputs_embeds: Any, config: DeepseekV3Config) -> None:
     """ValueError unless there is exactly one of tokens (B, T) and embeddings (B, T, D)."""
@@ -1415,8 +1411,8 @@ def check_context(model: DeepseekV3Model, x: Tensor, attention_mask: Any, positi
 
 def check_cache(cache: Any) -> int:
     """How many tokens it holds; ValueError unless it is a cache, or None."""
-    ours = isinstance(cache, LatentCache | None)
-    require(ours, f"past_key_values: {described(cache)}: must be what a call before gave")
+    what = f"past_key_values: {type(cache).__name__}: must be what a call before gave"
+    require(isinstance(cache, LatentCache | None), what)
     return 0 if cache is None else cache.length
 
 def check_request(labels: Any, logits_to_keep: Any, output_mtp: bool, past: int) -> None:
@@ -2220,10 +2216,9 @@ def assign_devices(model, sizes, device_map, max_memory):
     for name in sizes:
         covering = [path for path in device_map if not path or f"{name}.".startswith(f"{path}.")]
         require(covering, f"device_map: no path in it covers {name}")
-        devices[name] = parse_device(device_map[max(covering, key=len)])
-        unit, home = unit_of(name), devices[name]
-        whole = homes.setdefault(unit, home) == home
-        require(whole, f"device_map: {unit} would be split over {homes[unit]} and {home}")
+        devices[name] = here = parse_device(device_map[max(covering, key=len)])
+        home = homes.setdefault(unit_of(name), here)
+        require(home == here, f"device_map: {unit_of(name)} would be split over {home} and {here}")
     return devices
 
 def parse_device(device, asked_by="device_map"):
@@ -2250,12 +2245,11 @@ def memory_size():
 
 def free_memory(max_memory):
     """{device: bytes to use}: as given, or what GPUs and memory have free."""
-    if max_memory is not None:
-        right = "must be a dict, like {0: '141GB', 'cpu': '64GB'}"
-        require(isinstance(max_memory, dict), f"{max_memory=}: {right}")
-        return {device: parse_size("max_memory", size) for device, size in max_memory.items()}
-    gpus = range(torch.cuda.device_count())  # a tenth of each is for activations
-    return {i: torch.cuda.mem_get_info(i)[0] * 9 // 10 for i in gpus} | {"cpu": memory_size() * 0.8}
+    if max_memory is None:  # a tenth of each GPU is for activations
+        gpus = range(torch.cuda.device_count())
+        return {i: torch.cuda.mem_get_info(i)[0] * 9 // 10 for i in gpus} | {"cpu": memory_size() * 0.8}
+    require(isinstance(max_memory, dict), f"{max_memory=}: must be a dict, like {{0: '141GB', 'cpu': '64GB'}}")
+    return {device: parse_size("max_memory", size) for device, size in max_memory.items()}
 
 def unit_sizes(model, sizes):
     """Bytes of each unit, a layer's with a cache of full length, and what dequantising takes beside."""
@@ -2444,10 +2438,9 @@ def read_pieces(path, size=1 << 20):
         raise ValueError(f"{path}: not UTF-8 text ({error})") from None
 
 def is_text(path):
-    try:
+    with suppress(ValueError):
         return all(True for _ in read_pieces(path))
-    except ValueError:
-        return False
+    return False
 
 def train_tokenizer(files, vocab_size):
     """A byte-level BPE tokenizer of at most vocab_size tokens; ids 0 and 1 begin and end a text."""
