@@ -1888,8 +1888,7 @@ MAY_BE_ZERO += ("initializer_range", "mtp_loss_weight", "balance_loss_weight")
 def check_field(name, kind, value):
     """The type and the bounds of one field."""
     given, boolean = f"{name}={value!r}: must be", isinstance(value, bool)
-    fits = isinstance(value, kind) and boolean == (kind is bool)
-    require(fits, f"{given} {getattr(kind, '__name__', kind)}")
+    require(isinstance(value, kind) and boolean == (kind is bool), f"{given} {getattr(kind, '__name__', kind)}")
     if name.endswith("token_id"):
         ids = value if isinstance(value, list) else [] if value is None else [value]
         valid = all(type(token) is int and -1 <= token < 2**31 for token in ids)
