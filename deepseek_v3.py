@@ -1359,12 +1359,6 @@ def require(holds: Any, otherwise: str) -> None:
     if not holds:
         raise ValueError(otherwise)
 
-def described(value: Any) -> str:
-    """What was given, for an error: a tensor's dtype and shape, or the type of something else."""
-    if isinstance(value, Tensor):
-        return f"{value.dtype} of shape {tuple(value.shape)}"
-    return type(value).__name__
-
 IDS = (torch.int64, torch.int32)
 FLOATS = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
 MASKS = (torch.bool, torch.int64, torch.int32, torch.uint8, *FLOATS)
@@ -1377,7 +1371,9 @@ def check_tensor(name: str, given: Any, dtypes: tuple, *shapes: tuple) -> None:
             return
     kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     forms = " or ".join("(" + ", ".join(map(str, shape)) + ")" for shape in shapes)
-    raise ValueError(f"{name}: {described(given)}: must be a tensor of shape {forms}, {kinds}")
+    tensor = isinstance(given, Tensor)
+    what = f"{given.dtype} of shape {tuple(given.shape)}" if tensor else type(given).__name__
+    raise ValueError(f"{name}: {what}: must be a tensor of shape {forms}, {kinds}")
 
 def check_inputs(input_ids: Any, inputs_embeds: Any, config: DeepseekV3Config) -> None:
     """ValueError unless there is exactly one of tokens (B, T) and embeddings (B, T, D)."""
@@ -1415,8 +1411,8 @@ def check_context(model: DeepseekV3Model, x: Tensor, attention_mask: Any, positi
 
 def check_cache(cache: Any) -> int:
     """How many tokens it holds; ValueError unless it is a cache, or None."""
-    ours = isinstance(cache, LatentCache | None)
-    require(ours, f"past_key_values: {described(cache)}: must be what a call before gave")
+    what = f"past_key_values: {type(cache).__name__}: must be what a call before gave"
+    require(isinstance(cache, LatentCache | None), what)
     return 0 if cache is None else cache.length
 
 def check_request(labels: Any, logits_to_keep: Any, output_mtp: bool, past: int) -> None:
@@ -1892,8 +1888,7 @@ MAY_BE_ZERO += ("initializer_range", "mtp_loss_weight", "balance_loss_weight")
 def check_field(name, kind, value):
     """The type and the bounds of one field."""
     given, boolean = f"{name}={value!r}: must be", isinstance(value, bool)
-    fits = isinstance(value, kind) and boolean == (kind is bool)
-    require(fits, f"{given} {getattr(kind, '__name__', kind)}")
+    require(isinstance(value, kind) and boolean == (kind is bool), f"{given} {getattr(kind, '__name__', kind)}")
     if name.endswith("token_id"):
         ids = value if isinstance(value, list) else [] if value is None else [value]
         valid = all(type(token) is int and -1 <= token < 2**31 for token in ids)
@@ -2095,7 +2090,8 @@ def mtp_copies(model, depth=None):
 def load_pretrained(cls, directory, device_map, dtype, num_hidden_layers, max_memory, overrides):
     """PreTrainedModel.from_pretrained: names and shapes are checked before anything is loaded."""
     known = {str(kind).removeprefix("torch."): kind for kind in KINDS.values() if kind != FP8}
-    require(dtype in (None, "auto", *known, *known.values()), f"{dtype=}: must be None, 'auto' or {', '.join(known)}")
+    right = f"must be None, 'auto' or {', '.join(known)}"
+    require(dtype in (None, "auto", *known, *known.values()), f"{dtype=}: {right}")
     dtype = known.get(str(dtype).removeprefix("torch."))
     check_overrides(overrides)
     stored = Checkpoint(directory)
@@ -2120,8 +2116,7 @@ def load_pretrained(cls, directory, device_map, dtype, num_hidden_layers, max_me
                 weight.normal_(0, model.config.initializer_range if weight.ndim > 1 else 0)
         stored.newest = (None, None)  # closed, a file lets go of the pages that were read
     model.tie_weights()
-    trunk = getattr(model, "model", model)  # makes positions, and so angles, where its embedding is
-    trunk.rotary_emb.to(trunk.embed_tokens.weight.device)
+    model.base_model.rotary_emb.to(model.device)  # positions, and so angles, are made where the embedding is
     if (stored.directory / GENERATION).is_file():
         vars(model.generation_config).update(read_json(stored.directory / GENERATION))
     files = (path for pattern in TOKENIZER_FILES for path in stored.directory.glob(pattern) if path.is_file())
@@ -2220,10 +2215,9 @@ def assign_devices(model, sizes, device_map, max_memory):
     for name in sizes:
         covering = [path for path in device_map if not path or f"{name}.".startswith(f"{path}.")]
         require(covering, f"device_map: no path in it covers {name}")
-        devices[name] = parse_device(device_map[max(covering, key=len)])
-        unit, home = unit_of(name), devices[name]
-        whole = homes.setdefault(unit, home) == home
-        require(whole, f"device_map: {unit} would be split over {homes[unit]} and {home}")
+        devices[name] = here = parse_device(device_map[max(covering, key=len)])
+        home = homes.setdefault(unit_of(name), here)
+        require(home == here, f"device_map: {unit_of(name)} would be split over {home} and {here}")
     return devices
 
 def parse_device(device, asked_by="device_map"):
@@ -2250,12 +2244,11 @@ def memory_size():
 
 def free_memory(max_memory):
     """{device: bytes to use}: as given, or what GPUs and memory have free."""
-    if max_memory is not None:
-        right = "must be a dict, like {0: '141GB', 'cpu': '64GB'}"
-        require(isinstance(max_memory, dict), f"{max_memory=}: {right}")
-        return {device: parse_size("max_memory", size) for device, size in max_memory.items()}
-    gpus = range(torch.cuda.device_count())  # a tenth of each is for activations
-    return {i: torch.cuda.mem_get_info(i)[0] * 9 // 10 for i in gpus} | {"cpu": memory_size() * 0.8}
+    if max_memory is None:  # a tenth of each GPU is for activations
+        gpus = range(torch.cuda.device_count())
+        return {i: torch.cuda.mem_get_info(i)[0] * 9 // 10 for i in gpus} | {"cpu": memory_size() * 0.8}
+    require(isinstance(max_memory, dict), f"{max_memory=}: must be a dict, like {{0: '141GB', 'cpu': '64GB'}}")
+    return {device: parse_size("max_memory", size) for device, size in max_memory.items()}
 
 def unit_sizes(model, sizes):
     """Bytes of each unit, a layer's with a cache of full length, and what dequantising takes beside."""
@@ -2327,12 +2320,12 @@ def check_savable(model):
     """ValueError for a model that its config does not describe, or that has no numbers to write."""
     ours = next(kind for kind in type(model).__mro__ if kind.__module__ == __name__)
     L, mtp = model.config.num_hidden_layers, model.config.num_nextn_predict_layers
+    def shapes(each):
+        names = released_names(each).items()
+        return {piece: find_tensor(each, name).shape[-2:] for name, pieces in names for piece in pieces}
+
     with torch.device("meta"):
-        plain = ours(model.config)
-    wanted, held = (
-        {piece: find_tensor(each, name).shape[-2:] for name, pieces in released_names(each).items() for piece in pieces}
-        for each in (plain, model)
-    )
+        wanted, held = shapes(ours(model.config)), shapes(model)
     odd = sorted(name for name in wanted.keys() | held.keys() if wanted.get(name) != held.get(name))
     if ours is DeepseekV3Model:  # a causal model's own has MTP modules behind its layers
         odd = [name for name in odd if not name.startswith(tuple(f"model.layers.{L + k}." for k in range(mtp)))]
@@ -2799,7 +2792,11 @@ class Trainer:
                 group["lr"] = lr
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             norm = float(getattr(norm, "full_tensor", lambda: norm)())
-            self.check_finite(losses["loss"], norm)
+            if not math.isfinite(losses["loss"] + norm):
+                states = sorted((self.out / "states").glob("step-????????"))
+                where = f"the last good state is {states[-1]}" if states else "no state was saved yet"
+                what = f"the loss is {losses['loss']}, the gradient's norm {norm}"
+                raise FloatingPointError(f"step {self.step + 1}: {what}; {where}")
             self.optimizer.step()
             self.optimizer.zero_grad()
             gamma = options.gamma if progress < 14.3 / 14.8 else 0.0
@@ -2828,14 +2825,6 @@ class Trainer:
         if self.world > 1:
             torch.distributed.all_reduce(sums)
         return dict(zip(names, sums.tolist(), strict=True))
-
-    def check_finite(self, loss, norm):
-        """FloatingPointError, before the optimizer step, that says where the last good state is."""
-        if not math.isfinite(loss + norm):
-            what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient's norm is {norm}"
-            states = sorted((self.out / "states").glob("step-????????"))
-            where = f"the last good state is {states[-1]}" if states else "no state was saved yet"
-            raise FloatingPointError(f"step {self.step + 1}: the {what}; {where}")
 
     def evaluate(self, tokens=math.inf):
         """Losses on the held-out text, or on so many tokens of it."""
@@ -3020,7 +3009,8 @@ def generate_command(options):
     settings = {name: getattr(options, name) for name in ("top_k", "top_p", "min_p")}
     settings |= {"do_sample": options.temperature > 0, "temperature": options.temperature or 1.0}
     settings |= {"use_mtp": options.mtp, "num_draft_tokens": options.draft_tokens, "statistics": steps}
-    stream_text(model, tokenizer, ids, options.max_new_tokens, options.seed, "" if options.chat else prompt, settings)
+    echo = "" if options.chat else prompt
+    stream_text(model, tokenizer, ids, options.max_new_tokens, options.seed, echo, settings)
     print()
     if steps:  # (drafted, accepted) of each
         gain = 1 + sum(accepted for _, accepted in steps) / len(steps)
@@ -3064,8 +3054,8 @@ def chat_prompt(directory, text):
         named = {str(each.get("name")): each.get("template") for each in template if isinstance(each, dict)}
         template = named.get("default")
     require(isinstance(template, str), f"{directory}: no chat template in its tokenizer_config.json")
-    markers = {name: given for name, given in settings.items() if name.endswith("_token") and type(given) is not bool}
-    markers = {name: given.get("content") if isinstance(given, dict) else given for name, given in markers.items()}
+    markers = {n: value for n, value in settings.items() if n.endswith("_token") and not isinstance(value, bool)}
+    markers = {n: value.get("content") if isinstance(value, dict) else value for n, value in markers.items()}
     environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
     )
@@ -3177,9 +3167,11 @@ def within(least, most, kind=int):
 
     return number
 
+COUNT, PART = within(1, 1e9), within(0, 1, float)
+
 def parser():
     """The command line, a sub-command for each of four functions above."""
-    main, part = Parser(prog="deepseek_v3.py"), within(0, 1, float)
+    main = Parser(prog="deepseek_v3.py")
     commands = main.add_subparsers(dest="command", required=True)
     add_training(commands.add_parser("train", help="train a model on text"))
     score = commands.add_parser("evaluate", help="loss of a model on text").add_argument
@@ -3196,7 +3188,7 @@ def parser():
     run("--temperature", type=within(0, 1e6, float), default=0.7, help="0: greedy")
     run("--top-k", type=within(0, 1e9), default=0, help="draw from so many likeliest tokens")
     run("--top-p", type=within(1e-9, 1, float), default=1.0, help="from the likeliest of this probability")
-    run("--min-p", type=part, default=0.0, help="from those this likely, beside the likeliest")
+    run("--min-p", type=PART, default=0.0, help="from those this likely, beside the likeliest")
     run("--seed", type=within(0, 1e12), default=0)
     run("--device", default="auto")
     run("--mtp", action="store_true", help="draft with the MTP modules: fewer steps")
@@ -3209,7 +3201,6 @@ def parser():
 
 def add_training(train):
     """The options of `train`."""
-    count, part = within(1, 1e9), within(0, 1, float)
     add = train.add_argument_group("what is trained").add_argument
     add("--data", help="text file or folder (default: Python's standard library)")
     add("--config", help="config.json of the model; what it leaves out is as in the tiny one, the default")
@@ -3218,25 +3209,25 @@ def add_training(train):
     add("--isolate", action="store_true", help="documents in one window do not see each other")
     add("--seed", type=within(0, 1e12), default=0)
     add = train.add_argument_group("how").add_argument
-    add("--steps", type=count, default=550)
-    add("--batch", type=count, default=16, help="sequences of all processes")
+    add("--steps", type=COUNT, default=550)
+    add("--batch", type=COUNT, default=16, help="sequences of all processes")
     add("--length", type=within(4, 1e9), default=128, help="tokens per sequence")
     add("--lr", type=within(1e-9, 100, float), default=4e-3, help="highest learning rate")
-    add("--warmup", type=part, default=0.1, help="part of the steps over which it rises")
-    add("--gamma", type=part, default=0.002, help="step of the router bias, but 0 near the end")
+    add("--warmup", type=PART, default=0.1, help="part of the steps over which it rises")
+    add("--gamma", type=PART, default=0.002, help="step of the router bias, but 0 near the end")
     add("--centred", action="store_true", help="router bias steps of mean zero")
     add = train.add_argument_group("on which machine").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--accumulate", type=count, default=1, help="parts a batch runs in")
+    add("--accumulate", type=COUNT, default=1, help="parts a batch runs in")
     add("--recompute", action="store_true", help="recompute layers to save memory")
     add = train.add_argument_group("what is written").add_argument
     add("--out", default="out", help="folder for checkpoint, tokenizer, states, metrics.jsonl")
     add("--resume", action="store_true", help="go on from the newest state in --out")
     add("--overwrite", action="store_true", help="replace the run that --out holds")
-    add("--save-every", type=count, default=250, help="steps between states")
-    add("--keep", type=count, default=2, help="states to keep")
-    add("--eval-every", type=count, default=100, help="steps")
-    add("--eval-tokens", type=count, default=4096, help="of held-out text; at the end, all of it")
+    add("--save-every", type=COUNT, default=250, help="steps between states")
+    add("--keep", type=COUNT, default=2, help="states to keep")
+    add("--eval-every", type=COUNT, default=100, help="steps")
+    add("--eval-tokens", type=COUNT, default=4096, help="of held-out text; at the end, all of it")
     add("--plot", action="store_true", help="draw training.png at each evaluation")
 
 def main(arguments=None):
