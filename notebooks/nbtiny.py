@@ -13,7 +13,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from IPython.display import HTML, display
+from IPython.display import display
 
 import deepseek_v3 as ds
 
@@ -98,45 +98,27 @@ def token_strip(tokens, groups, labels, per_line=32, title="", ax=None):
 
 SAMPLE = "def area(r):\n    return 3.14 * r ** 2\n"
 
-def explore(model, text=SAMPLE, layer=1, head=0):
-    """Each byte's experts with their scores, and attention; in a live kernel with your own text."""
-    def look(text, layer, head):
-        data = (text or " ").encode()
-        with torch.no_grad():
-            out = model(torch.tensor([list(data)]), output_attentions=True, output_routing=True)
-        routing = out.routing[max(layer - model.config.first_k_dense_replace, 0)]
-        best = routing.weights[0].argsort(descending=True)
-        experts = routing.indices[0].gather(-1, best)  # (T, K), the heaviest first
-        return data, routing.scores[0], experts, out.attentions[layer][0, head]
+def explore(model, text=SAMPLE, layer=1, head=0, tokenizer=None):
+    """The page of view.py about a text: experts, attention, prediction; in a live kernel about your own.
 
-    def figure(text, layer, head):
-        data, scores, experts, attention = look(text, layer, head)
-        first, per_group = experts[:, 0].tolist(), model.config.n_routed_experts // model.config.n_group
-        groups, lines = [expert // per_group for expert in first], -(-len(data) // 32)
-        fig, (top, bottom) = plt.subplots(2, figsize=(9.6, 0.62 * lines + 6), height_ratios=(0.62 * lines, 5.4))
-        title = f"layer {max(layer, 1)}: each byte's heaviest expert; colour = the expert's group"
-        token_strip(list(map(shown, data)), groups, first, title=title, ax=top)
-        fig.colorbar(bottom.imshow(attention, vmin=0), label="attention", shrink=0.8)
-        ticks = range(len(data)) if len(data) <= 48 else []
-        bottom.set(title=f"attention of layer {layer}, head {head}", xlabel="key", ylabel="query")
-        for axis in (bottom.xaxis, bottom.yaxis):
-            axis.set_ticks(ticks, [shown(byte) for byte in data] if ticks else [], fontsize=9, family="monospace")
-        return fig
+    Opens with this layer and head. The notebooks' models read bytes; others need their tokenizer.
+    """
+    from view import view
 
-    def live(text, layer, head):
-        data, scores, experts, _ = look(text, layer, head)
-        spans = []
-        for byte, row, chosen in zip(data, scores, experts, strict=True):
-            told = html.escape(", ".join(f"expert {e}: score {row[e]:.2f}" for e in chosen.tolist()))
-            spans.append(f'<span title="{told}" style="border:1px solid;padding:1px">{html.escape(shown(byte))}</span>')
-        display(HTML("hover a byte to see its experts: <code>" + " ".join(spans) + "</code>"))
-        show(figure(text, layer, head), "the same as a picture")
+    page = view(model, tokenizer, text, layer=layer, head=head)
+    if "DSV3_NB_STATIC" in os.environ:
+        alt = f"{text!r}, one box per token, coloured and numbered by the token's heaviest expert; below it the gates of "
+        return show(page.figure(), alt + f"all experts, attention of layer {layer}, head {head}, and the loss of each token.")
+    import ipywidgets as widgets
 
-    alt = f"{text!r}, one box per byte, coloured and numbered by the byte's heaviest expert; below it the attention of "
-    show(figure(text, layer, head), alt + f"layer {layer}, head {head}: a lower triangle of query by key.")
-    if "DSV3_NB_STATIC" not in os.environ:
-        import ipywidgets as widgets
+    box = widgets.Textarea(text, description="your text", continuous_update=False, layout={"width": "100%"})
+    below = widgets.HTML(page._repr_html_())
 
-        box = widgets.Text(text, description="your text", continuous_update=False)
-        layers, heads = model.config.num_hidden_layers - 1, model.config.num_attention_heads - 1
-        widgets.interact(live, text=box, layer=(0, layers), head=(0, heads))
+    def read(change):
+        try:
+            below.value = view(model, tokenizer, change.new, layer=layer, head=head)._repr_html_()
+        except ValueError as error:
+            below.value = html.escape(str(error))
+
+    box.observe(read, "value")
+    display(widgets.VBox([box, below]))

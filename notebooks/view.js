@@ -2,13 +2,11 @@
 // The page of view.py: draws the JSON of #data, whose fields that file's docstring explains.
 "use strict";
 
-const data = JSON.parse(document.getElementById("data").textContent);
-const { model, sources } = data;
 const GROUP = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999"];  // Okabe and Ito's
 const CIVIDIS = ["00224e", "1a386f", "434e6c", "61656f", "7d7c78", "9b9476", "bcae6c", "dec958", "fee838"];
-const now = { state: 0, token: 0, layer: 0, head: 0, moe: 0, colour: "group", whole: false };
+const now = { token: 0, layer: 0, head: 0, moe: 0, colour: "group", whole: false };
 const page = {};  // elements that are drawn again
-let state, T, pieces, ids, text;
+let data, model, sources, state, text, T;  // data: as in the page, but arrays are functions
 
 // ---- Small tools ----
 
@@ -29,40 +27,34 @@ function drawing(width, height, label) {
   const canvas = el("canvas", { width: width * sharp, height: height * sharp, role: "img", "aria-label": label, style });
   const pen = canvas.getContext("2d");
   pen.scale(sharp, sharp);
-  const at = event => {
-    const box = canvas.getBoundingClientRect();
-    return [event.clientX - box.left, event.clientY - box.top].map(offset => offset * width / box.width);
-  };
+  const at = event => [event.offsetX, event.offsetY].map(offset => offset * width / canvas.clientWidth);
   return { canvas, pen, at };
 }
 
-// An array of the page as a function of its indices; `inflate` stands in the page.
-async function unpack(array) {
-  const kind = { u1: Uint8Array, u2: Uint16Array, u4: Uint32Array }[array.type];
-  const whole = new kind(await inflate(array.data).arrayBuffer());
-  const { shape, offset, scale } = array;
+// The data with functions of their indices for arrays; `inflate` stands in the page.
+async function unpack(value) {
+  if (Array.isArray(value)) return Promise.all(value.map(unpack));
+  if (!value || typeof value !== "object") return value;
+  const { shape, type, offset, scale, power } = value;
+  if (!type) return Object.fromEntries(await Promise.all(Object.entries(value).map(async ([key, of]) => [key, await unpack(of)])));
+  const whole = new { u1: Uint8Array, u2: Uint16Array, u4: Uint32Array }[type](await inflate(value.data).arrayBuffer());
   const get = (...where) => {
     let place = 0;
     for (let axis = 0; axis < where.length; axis++) place = place * shape[axis] + where[axis];
-    return offset + scale * whole[place];
+    return (offset + scale * whole[place]) ** power;
   };
   return Object.assign(get, { shape });
 }
 
-async function unpackAll(found) {
-  const entries = await Promise.all(Object.entries(found).map(async ([name, value]) =>
-    [name, value && value.data !== undefined ? await unpack(value) : value]));
-  return Object.fromEntries(entries);
-}
-
 const range = count => [...Array(count).keys()];
-const percent = share => share >= 0.0995 ? `${(100 * share).toFixed(0)} %` : `${(100 * share).toFixed(1)} %`;
+const percent = share => `${(100 * share).toFixed(share >= 0.0995 ? 0 : 1)} %`;
 const groupOf = expert => Math.floor(expert / (model.experts / model.groups));
 const colourOf = expert => GROUP[(model.groups > 1 ? groupOf(expert) : expert) % 8];
 const label = s => sources[s].name.replace("-", " ").replace("mtp", "MTP");
-const piece = place => pieces[place];
+const piece = place => data.vocabulary.pieces[place];
+const id = place => data.vocabulary.ids(place);
+const moeLayers = () => model.moe_layers.map((layer, l) => [l, layer]);
 const short = (word, most = 14) => [...word].length > most ? [...word].slice(0, most - 1).join("") + "…" : word;
-const style = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 function cividis(share) {
   const at = Math.min(Math.max(share, 0), 1) * 8, low = Math.min(Math.floor(at), 7);
@@ -72,12 +64,10 @@ function cividis(share) {
   });
 }
 
-// Around 1, twice is as far as half: blue is less, orange more, paper in between.
+// Around 1, twice is as far as half: blue is less, orange more; full colour at a quarter and at four times.
 function diverging(ratio) {
   const far = Math.max(-1, Math.min(1, Math.log2(Math.max(ratio, 1e-3)) / 2));
-  const end = far > 0 ? [213, 94, 0] : [0, 114, 178];
-  const paper = matchMedia("(prefers-color-scheme: dark)").matches ? [34, 37, 43] : [245, 245, 245];
-  return paper.map((level, i) => Math.round(level + (end[i] - level) * Math.abs(far)));
+  return [...(far > 0 ? [213, 94, 0] : [0, 114, 178]), Math.abs(far).toFixed(3)];
 }
 
 const ramp = () => el("span", { class: "scale", style: `background:linear-gradient(90deg,#${CIVIDIS.join(",#")})` });
@@ -97,7 +87,7 @@ function heat({ rows, columns, size, colour, tell, label, edges = [] }) {
     pen.fillStyle = css(colour(r, c));
     pen.fillRect(c * size[0], r * size[1], size[0] - (size[0] > 5), size[1] - (size[1] > 5));
   }
-  pen.fillStyle = style("--ink");
+  pen.fillStyle = page.ink;
   for (const edge of edges) pen.fillRect(edge * size[0] - 1.5, 0, 2, rows * size[1]);
   for (const kind of ["pointermove", "click"]) canvas.addEventListener(kind, event => {
     const [x, y] = at(event).map((offset, axis) => Math.floor(offset / size[axis]));
@@ -121,6 +111,15 @@ function arrows(box, nodes, at, go) {
   });
 }
 
+// Of nodes of which one is chosen, the one at a place; it alone is reached by the tab key.
+function mark(nodes, at, attribute) {
+  nodes.forEach((node, i) => {
+    if (node.getAttribute(attribute) === String(i === at)) return;
+    node.setAttribute(attribute, i === at);
+    node.tabIndex = i === at ? 0 : -1;
+  });
+}
+
 function pick(name, options, value, set) {
   const select = el("select", { onchange: event => set(event.target.value) });
   select.append(...options.map(([option, told]) => el("option", { value: option }, told)));
@@ -136,31 +135,29 @@ function buildText() {
   page.main.append(el("p", { class: "soft" }, "The text as the model reads it. Choose a token by click or arrow keys: every " +
     "panel below is about it. · is a space, ⏎ a line end, ⇥ a tab, ‹e2 82› the bytes of a character that tokens share."));
   page.tokens = text.map((place, i) => el("div", {
-    class: "token", role: "option", "data-token": i, "data-id": ids(place), "aria-selected": "false", tabindex: -1,
-    title: `token ${i}, id ${ids(place)}`, onclick: () => choose(i),
+    class: "token", role: "option", "data-token": i, "data-id": id(place),
+    title: `token ${i}, id ${id(place)}`, onclick: () => choose(i),
   }, piece(place), el("small")));
-  const list = el("div", { id: "tokens", role: "listbox", "aria-label": "tokens of the text" }, ...page.tokens);
-  arrows(list, page.tokens, () => now.token, choose);
+  page.list = el("div", { id: "tokens", role: "listbox", "aria-label": "tokens of the text" }, ...page.tokens);
+  arrows(page.list, page.tokens, () => now.token, choose);
   page.legend = el("span", { class: "soft" });
   page.chosen = el("div", { "aria-live": "polite" });
-  const strip = el("div", { id: "text" }, list, el("div", { class: "controls" }, ...colourControls(), page.legend), page.chosen);
-  page.main.append(strip);
+  const controls = el("div", { class: "controls" }, ...colourControls(), page.legend);
+  page.main.append(el("div", { id: "text" }, page.list, controls, page.chosen));
 }
 
 function colourControls() {
   const grouped = model.groups > 1 ? "group of the heaviest expert" : "heaviest expert";
-  const kinds = [["group", grouped], ["loss", "loss"], ["entropy", "entropy"], ["attention", "attention of the chosen token"]];
-  if (!model.moe_layers.length) [kinds.shift(), now.colour = "loss"];
-  const moe = model.moe_layers.map((layer, l) => [l, layer]);
+  const kinds = [["loss", "loss"], ["entropy", "entropy"], ["attention", "attention of the chosen token"]];
+  if (model.moe_layers.length) kinds.unshift(["group", grouped]);
   const controls = [pick("colour", kinds, now.colour, value => { now.colour = value; drawTokens(); })];
-  page.moe = pick("MoE layer", moe, now.moe, value => { now.moe = +value; drawTokens(); });
-  if (moe.length) controls.push(page.moe);
+  page.moe = pick("MoE layer", moeLayers(), now.moe, value => { now.moe = +value; drawTokens(); });
+  if (model.moe_layers.length) controls.push(page.moe);
   if (data.states.length > 1) {
-    page.stateName = el("output");
-    const last = data.states.length - 1;
-    const slider = el("input", { type: "range", min: 0, max: last, step: 1, value: last, "aria-label": "saved state" });
-    slider.addEventListener("input", () => show(+slider.value));
-    controls.push(el("label", {}, "state: ", slider, " ", page.stateName));
+    page.state = el("output");
+    const set = event => show(+event.target.value), value = data.states.indexOf(state);
+    const slider = el("input", { type: "range", min: 0, max: data.states.length - 1, value, "aria-label": "saved state", oninput: set });
+    controls.push(el("label", {}, "state: ", slider, " ", page.state));
   }
   return controls;
 }
@@ -169,17 +166,14 @@ function colourControls() {
 function tokenColours() {
   const { token, colour } = now;
   if (colour === "group") return text.map((_, i) => [colourOf(state.expert(now.moe, i, 0)), state.expert(now.moe, i, 0)]);
-  const value = {
-    loss: i => i ? state.loss(0, i - 1) : null,
-    entropy: i => state.entropy(i),
-    attention: i => i <= token ? attention(token, i) : null,
+  const [value, told, number] = {
+    loss: [i => i ? state.loss(0, i - 1) : null, "nats: how surprising this token was", v => v.toFixed(1)],
+    entropy: [i => state.entropy(i), "nats: how unsure the model is of what follows this token", v => v.toFixed(1)],
+    attention: [i => i <= token ? attention(token, i) : null, `: read by layer ${now.layer}, head ${now.head}`, percent],
   }[colour];
   const values = range(T).map(value), most = Math.max(...values.map(v => v ?? 0)) || 1;
-  const low = colour === "attention" ? "0" : "0 nats", high = colour === "attention" ? percent(most) : most.toFixed(1);
-  const told = { loss: "how surprising this token was to the model", entropy: "how unsure the model is of what follows this token",
-    attention: `what layer ${now.layer}, head ${now.head} reads for the chosen token` }[colour];
-  page.legend.replaceChildren(low, ramp(), `${high}: ${told}`);
-  return values.map(v => [v === null ? null : cividis(v / most), v === null ? "" : colour === "attention" ? percent(v) : v.toFixed(1)]);
+  page.legend.replaceChildren("0", ramp(), `${number(most)} ${told}`);
+  return values.map(v => v === null ? [null, ""] : [cividis(v / most), number(v)]);
 }
 
 function drawTokens() {
@@ -194,34 +188,30 @@ function drawTokens() {
     node.style.background = colour === null ? "" : grouped ? `color-mix(in srgb, ${colour} 42%, var(--paper))` : css(colour);
     node.style.color = colour === null || grouped ? "" : inkOn(colour);
     node.lastChild.textContent = number;
-    node.setAttribute("aria-selected", i === now.token);
-    node.tabIndex = i === now.token ? 0 : -1;
   });
+}
+
+function drawChosen() {
+  mark(page.tokens, now.token, "aria-selected");
   const loss = now.token ? `; its loss ${state.loss(0, now.token - 1).toFixed(2)} nats` : "";
+  const { offsetTop: top } = page.tokens[now.token], { list } = page;
+  if (top < list.scrollTop || top > list.scrollTop + list.clientHeight - 40) list.scrollTop = top - 60;
   page.chosen.replaceChildren("Chosen: ", el("code", {}, piece(text[now.token])), `, token ${now.token} of ${T}, ` +
-    `id ${ids(text[now.token])}${loss}; entropy of what follows ${state.entropy(now.token).toFixed(2)} nats.`);
+    `id ${id(text[now.token])}${loss}; entropy of what follows ${state.entropy(now.token).toFixed(2)} nats.`);
 }
 
 // ---- 2. Routing ----
 
 function buildRouting() {
-  const told = `In each MoE layer a router scores all experts and sends the token to the ${model.chosen} with the highest score + bias` +
-    `${model.groups > 1 ? `, of the ${model.kept} best groups (the others are hatched)` : ""}; the gate, made from the score ` +
-    "alone, is the weight of an expert's answer. Per expert: left bar score, pale right bar score + bias (less the layer's mean " +
-    "bias, which changes no choice). A dashed frame: chosen only because of its bias.";
-  const body = section("routing", "Routing", told);
+  const limit = model.groups > 1 ? `, all from its ${model.kept} best groups (the others are hatched)` : "";
+  const body = section("routing", "Routing", `A router scores all experts and sends the token to the ${model.chosen} with the ` +
+    `highest score + bias${limit}; the gate, made from the score alone, weighs an expert's answer. Left bar: score; pale right bar: ` +
+    "score + bias, less the layer's mean bias, which changes no choice; dashed frame: chosen only because of its bias.");
   if (!model.moe_layers.length) return body.append(el("p", { class: "note" }, "This model has no MoE layers: nothing is routed."));
-  const button = el("button", { "aria-pressed": "false" }, "whole text: layer by expert");
-  button.addEventListener("click", () => {
-    now.whole = !now.whole;
-    button.setAttribute("aria-pressed", now.whole);
-    page.layers.hidden = now.whole;
-    page.whole.hidden = !now.whole;
-    drawWhole();
-  });
-  page.whole = el("div", { hidden: "" });
+  page.switch = el("button", { onclick: () => drawWhole(!now.whole) }, "whole text: layer by expert");
+  page.whole = el("div");
   page.layers = el("div", {}, ...model.moe_layers.map(buildLayer));
-  body.append(el("div", { class: "controls" }, button), page.whole, page.layers);
+  body.append(el("div", { class: "controls" }, page.switch), page.whole, page.layers);
 }
 
 function buildLayer(layer) {
@@ -233,10 +223,6 @@ function buildLayer(layer) {
     return el("div", { class: "group" }, el("span", {}, model.groups > 1 ? `group ${g}` : ""), el("div", { class: "experts" }, ...experts));
   });
   return el("div", { class: "layer" }, el("h3", {}, `layer ${layer}`), el("div", { class: "groups" }, ...groups), el("div"));
-}
-
-function drawRouting() {
-  model.moe_layers.forEach((_, l) => drawLayer(l, page.layers.children[l]));
 }
 
 function drawLayer(l, box) {
@@ -265,8 +251,10 @@ function drawLayer(l, box) {
   if (biased) box.lastChild.append(el("span", { class: "soft" }, `▲ ${biased} chosen by bias`));
 }
 
-function drawWhole() {
-  if (!now.whole) return;
+function drawWhole(whole) {
+  now.whole = page.layers.hidden = whole;
+  page.whole.hidden = !whole;
+  page.switch.setAttribute("aria-pressed", whole);
   const [L, E] = [model.moe_layers.length, model.experts], fair = T * model.chosen / E;
   const visits = range(L).map(() => new Float64Array(E));
   for (let l = 0; l < L; l++) for (let t = 0; t < T; t++) for (let k = 0; k < model.chosen; k++) visits[l][state.expert(l, t, k)]++;
@@ -287,7 +275,7 @@ function loadMap(ratio, told = () => "") {
 
 // ---- 3. Attention ----
 
-const attention = (query, key, layer = now.layer, head = now.head) => state.attention(layer, head, query * (query + 1) / 2 + key);
+const attention = (query, key) => state.attention(now.layer, now.head, query * (query + 1) / 2 + key);
 const headsKept = () => state.attention.shape[1];
 
 function buildAttention() {
@@ -295,24 +283,19 @@ function buildAttention() {
     "(keys, columns); its shares sum to 1. Below each head: the share that falls on the first token (sink), and how many tokens back " +
     "it looks on average. Choose a head by click or arrow keys.");
   page.heads = range(model.layers).flatMap(layer => range(model.heads).map(head => el("button", {
-    "data-layer": layer, "data-head": head, "aria-pressed": "false", tabindex: -1, onclick: () => open(layer, head),
+    "data-layer": layer, "data-head": head, onclick: () => open(layer, head),
   })));
-  const grid = el("div", { style: `grid-template-columns:auto repeat(${model.heads}, auto)` });
-  grid.append(el("span"), ...range(model.heads).map(head => el("span", { class: "soft" }, `head ${head}`)));
+  const grid = el("div", { style: `grid-template-columns:auto repeat(${model.heads}, auto)` }, el("span"), ...range(model.heads).map(head => el("span", { class: "soft" }, `head ${head}`)));
   range(model.layers).forEach(layer => grid.append(el("span", { class: "soft" }, `layer ${layer} `),
     ...page.heads.slice(layer * model.heads, (layer + 1) * model.heads)));
   arrows(grid, page.heads, () => now.layer * model.heads + now.head, i => open(Math.floor(i / model.heads), i % model.heads));
-  page.large = el("div", { class: "columns" });
-  body.append(el("div", { id: "heads", role: "group", "aria-label": "layers by heads" }, grid), page.large);
+  page.large = el("div", { id: "large", class: "columns" });
+  body.append(el("div", { class: "columns" }, el("div", { id: "heads", role: "group", "aria-label": "layers by heads" }, grid), page.large));
 }
 
 function open(layer, head) {
   Object.assign(now, { layer, head });
-  page.heads.forEach((button, i) => {
-    const here = i === layer * model.heads + head;
-    button.setAttribute("aria-pressed", here);
-    button.tabIndex = here ? 0 : -1;
-  });
+  mark(page.heads, layer * model.heads + head, "aria-pressed");
   page.opened = picture(layer, head, 1);
   drawLarge();
   if (now.colour === "attention") drawTokens();
@@ -343,31 +326,31 @@ function paintHeads() {
 
 function drawLarge() {
   const { layer, head, token } = now, title = `layer ${layer}, head ${head}`;
-  if (head >= headsKept()) return page.large.replaceChildren(el("p", { class: "note" }, `Of a text this long, the page holds heads 0 to ${headsKept() - 1}.`));
-  page.large.replaceChildren(el("div", {}, el("h3", {}, title), matrix()), el("div", {}, el("h3", {}, `what the chosen token reads, ${title}`), lines(token)));
+  if (head >= headsKept()) return page.large.replaceChildren(`Of a text this long, the page holds heads 0 to ${headsKept() - 1}.`);
+  page.large.replaceChildren(el("div", {}, el("h3", {}, title), matrix()),
+    el("div", {}, el("h3", {}, "what the chosen token reads there"), lines(token)));
 }
 
 function matrix() {
-  const named = T <= 64, room = Math.min(560, page.main.clientWidth - 16), margin = named ? 92 : 36;
+  const named = T <= 64, room = Math.min(496, page.main.clientWidth - 16), margin = named ? 92 : 36;
   const side = (room - margin) / T, label = `attention of layer ${now.layer}, head ${now.head}: queries by keys`;
   const { canvas, pen, at } = drawing(room, room - (named ? 0 : margin - 24), label);
   const read = el("div", { class: "read" }, "Point at a cell to read its share.");
   pen.imageSmoothingEnabled = false;
   pen.drawImage(page.opened, margin, 0, side * T, side * T);
-  [pen.strokeStyle, pen.lineWidth] = [style("--mark"), 1.5];
+  [pen.strokeStyle, pen.lineWidth] = [page.mark, 1.5];
   pen.strokeRect(margin, now.token * side, (now.token + 1) * side, Math.max(side, 2));
   pen.font = `${named ? Math.min(12, Math.max(9, side)) : 11}px ui-monospace, monospace`;
   const every = named ? Math.ceil(9 / side) : Math.ceil(T / 8);
   for (const i of range(T).filter(i => i === now.token || i % every === 0 && Math.abs(i - now.token) >= every)) {
     const word = named ? short(piece(text[i]), 11) : `${i}`;
-    pen.fillStyle = style(i === now.token ? "--mark" : "--soft");
+    pen.fillStyle = i === now.token ? page.mark : page.ink;
     [pen.textAlign, pen.textBaseline] = ["right", "middle"];
     pen.fillText(word, margin - 4, (i + 0.5) * side);
     pen.save();
     pen.translate(margin + (i + 0.5) * side, T * side + (named ? 4 : 12));
-    if (named) pen.rotate(-Math.PI / 2);
-    else pen.textAlign = "center";
-    pen.fillText(word, 0, 0);
+    pen.rotate(named ? -Math.PI / 2 : 0);
+    pen.fillText(word, named ? 0 : 10, 0);
     pen.restore();
   }
   const cell = event => at(event).map((offset, axis) => Math.floor((offset - (axis ? 0 : margin)) / side));
@@ -383,20 +366,19 @@ function matrix() {
 
 // From the chosen token to the sixteen that it reads most, in the order of the text.
 function lines(query) {
-  const keys = range(query + 1).sort((a, b) => attention(query, b) - attention(query, a)).slice(0, 16).sort((a, b) => a - b);
+  const seen = range(query + 1).filter(key => attention(query, key) >= 0.005);
+  const keys = seen.sort((a, b) => attention(query, b) - attention(query, a)).slice(0, 16).sort((a, b) => a - b);
   const step = 20, height = keys.length * step + 6, middle = height / 2;
-  const picture = el("svg", { width: 330, height, role: "img", "aria-label": "lines from the chosen token to those that it reads" });
-  picture.append(el("text", { x: 92, y: middle + 4, "text-anchor": "end", class: "row" }, short(piece(text[query]), 12)));
-  let rest = 1;
+  const picture = el("svg", { width: 256, height, role: "img", "aria-label": "lines from the chosen token to those that it reads" });
+  picture.append(el("text", { x: 82, y: middle + 4, "text-anchor": "end", class: "row" }, short(piece(text[query]), 11)));
+  const rest = keys.reduce((left, key) => left - attention(query, key), 1);
   keys.forEach((key, row) => {
     const share = attention(query, key), y = row * step + 13;
-    rest -= share;
-    picture.append(el("path", { d: `M98 ${middle}C150 ${middle} 140 ${y} 190 ${y}`, "stroke-width": (0.3 + 9 * share).toFixed(2),
-      opacity: (0.15 + 0.85 * Math.sqrt(share)).toFixed(2) }), el("text", { x: 196, y: y + 4 }, short(piece(text[key]), 10)),
-    el("text", { x: 328, y: y + 4, "text-anchor": "end" }, percent(share)));
+    picture.append(el("path", { d: `M88 ${middle}C128 ${middle} 110 ${y} 148 ${y}`, "stroke-width": (0.3 + 9 * share).toFixed(2),
+      opacity: (0.15 + 0.85 * Math.sqrt(share)).toFixed(2) }), el("text", { x: 152, y: y + 4 }, short(piece(text[key]), 10)),
+    el("text", { x: 254, y: y + 4, "text-anchor": "end" }, percent(share)));
   });
-  const told = query + 1 > keys.length ? `${query + 1 - keys.length} further tokens: ${percent(Math.max(0, rest))}` : "";
-  return el("figure", {}, picture, el("figcaption", {}, told));
+  return el("figure", {}, picture, el("figcaption", {}, `${query + 1 - keys.length} further tokens: ${percent(Math.max(0, rest))}`));
 }
 
 // ---- 4. Prediction ----
@@ -417,7 +399,7 @@ function drawPrediction() {
     const { name, ahead } = sources[s], came = text[t + ahead];
     const cells = range(state.best.shape[2]).map(i => {
       const place = state.best(s, t, i), probability = state.probability(s, t, i);
-      const known = { class: "candidate token", style: `--v:${probability.toFixed(3)}`, "data-source": name, "data-candidate": ids(place),
+      const known = { class: "candidate token", style: `--v:${probability.toFixed(3)}`, "data-source": name, "data-candidate": id(place),
         "data-probability": probability.toFixed(4), title: `${piece(place)}: ${percent(probability)}` };
       return el("td", place === came ? { ...known, "data-came": "" } : known, el("span", {}, percent(probability)), short(piece(place), 9));
     });
@@ -434,91 +416,85 @@ function drawLosses() {
     const most = Math.max(...values), mean = values.reduce((sum, v) => sum + v, 0) / (T - ahead);
     const bars = values.map((v, i) => el("i", { style: `--v:${(v ?? 0) / most || 0}`, onclick: () => choose(i),
       title: v === null ? "nothing predicts this token" : `${piece(text[i])}: ${v.toFixed(2)} nats` }));
-    const row = el("div", { class: T > 200 ? "losses long" : "losses" }, ...bars);
-    return el("figure", {}, row, el("figcaption", {}, `${label(s)}: mean ${mean.toFixed(2)}, most ${most.toFixed(2)} nats per token`));
+    return el("figure", {}, el("div", { class: T > 200 ? "losses long" : "losses" }, ...bars), el("figcaption", {}, `${label(s)}: mean ${mean.toFixed(2)}, most ${most.toFixed(2)} nats per token`));
   }));
 }
 
 // ---- 5. Corpus ----
 
-async function buildCorpus() {
-  const told = "What the experts read in a longer text, beside a model of the same sizes with random weights: routing that needs no training shows there too.";
-  const body = section("corpus", "Corpus", told);
+function buildCorpus() {
+  const body = section("corpus", "Corpus", "What the experts read in a longer text, beside a model of the same sizes with random " +
+    "weights: routing that needs no training shows there too.");
   if (!data.corpus) return body.append(el("p", { class: "soft" }, "Make the page with --corpus FILE to see load, lift and co-activation."));
-  page.corpus = {};
-  for (const kind of ["trained", "untrained"]) if (data.corpus[kind]) page.corpus[kind] = await unpackAll(data.corpus[kind]);
-  body.append(el("p", {}, `${data.corpus.tokens.toLocaleString("en")} tokens were read. Load against the fair share, layer by expert: blue less, orange more, full colour at a quarter and at four times.`));
-  const parts = Object.entries(page.corpus);
-  body.append(el("div", { class: "columns" }, ...parts.map(([kind, part]) => el("div", {}, el("h3", {}, `load, ${kind}`), loadMap(part.load)))));
-  const [moe, last] = [model.moe_layers.map((layer, l) => [l, layer]), model.moe_layers.length - 1];
+  const { tokens, ...parts } = data.corpus, last = model.moe_layers.length - 1;
+  const loads = Object.entries(parts).map(([kind, part]) => el("div", {}, el("h3", {}, `load, ${kind}`), loadMap(part.load)));
   page.lift = el("div");
-  body.append(pick("MoE layer", moe, last, l => drawCorpus(+l)), page.lift);
-  drawCorpus(last);
+  body.append(el("p", {}, `${tokens.toLocaleString("en")} tokens were read. Rows are layers, columns experts: blue less, orange more ` +
+    "than the fair share; full colour at a quarter and at four times. Co-activation: how often two experts share a token."), el("div", { class: "columns" }, ...loads),
+  pick("MoE layer", moeLayers(), last, l => drawCorpus(+l, Object.entries(parts))), page.lift);
+  drawCorpus(last, Object.entries(parts));
 }
 
-function drawCorpus(l) {
-  const E = model.experts, parts = Object.entries(page.corpus), size = Math.max(2, Math.min(16, Math.floor(420 / E)));
+function drawCorpus(l, parts) {
+  const E = model.experts, size = Math.max(2, Math.min(16, Math.floor(420 / E)));
   const pairs = parts.map(([kind, part]) => el("div", {}, el("h3", {}, `co-activation, ${kind}`), heat({
     rows: E, columns: E, size: [size, size], label: `co-activation of experts, ${kind}`,
     colour: (a, b) => diverging(a === b ? 1 : part.together(l, a, b)),
-    tell: (a, b) => a === b ? `expert ${a}` : `experts ${a} and ${b} share a token ${part.together(l, a, b).toFixed(2)} times as often as by chance`,
+    tell: (a, b) => `experts ${a} and ${b} share a token ${part.together(l, a, b).toFixed(2)} times as often as by chance`,
   })));
-  const words = (part, e) => range(10).filter(i => part.lift(l, e, i) > 0).map(i =>
-    [el("span", { title: `×${part.lift(l, e, i).toFixed(1)}` }, `${short(piece(part.words(l, e, i)), 12)} ${part.lift(l, e, i).toFixed(1)}`), " "]).flat();
+  const words = (part, e) => range(part.lift.shape[2]).filter(i => part.lift(l, e, i) > 0).flatMap(i =>
+    [el("span", {}, `${short(piece(part.words(l, e, i)), 12)} ${part.lift(l, e, i).toFixed(1)}`), " "]);
+  const loadCell = ratio => el("td", { style: `background:${css(diverging(ratio))}` }, ratio.toFixed(2));
   const rows = range(E).map(e => el("tr", {}, el("th", { scope: "row" }, `expert ${e}`),
-    ...parts.flatMap(([, part]) => [el("td", {}, loadBar(part.load(l, e))), el("td", { class: "word" }, ...words(part, e))])));
-  const head = el("tr", {}, el("th"), ...parts.flatMap(([kind]) => [`load, ${kind}`, `lift: times more often than chance, ${kind}`].map(name => el("th", { scope: "col" }, name))));
+    ...parts.flatMap(([, part]) => [loadCell(part.load(l, e)), el("td", { class: "word" }, ...words(part, e))])));
+  const names = parts.flatMap(([kind]) => [`load, ${kind}`, `tokens and their lift (times as often as by chance), ${kind}`]);
+  const head = el("tr", {}, el("th"), ...names.map(name => el("th", { scope: "col" }, name)));
   page.lift.replaceChildren(el("div", { class: "columns" }, ...pairs), el("div", { class: "wide", tabindex: 0 }, el("table", {}, head, ...rows)));
-}
-
-// To the right of the middle: more than the fair share; the ends are a quarter and four times.
-function loadBar(ratio) {
-  const far = 50 * Math.max(-1, Math.min(1, Math.log2(Math.max(ratio, 1e-3)) / 2));
-  const bar = el("div", { style: `left:${50 + Math.min(0, far)}%;width:${Math.abs(far)}%;background:${far > 0 ? "#D55E00" : "#0072B2"}` });
-  return el("div", { class: "load", title: `${ratio.toFixed(2)} times the fair share` }, bar);
 }
 
 // ---- All together ----
 
 function choose(token) {
   now.token = token;
-  drawTokens();
-  if (model.moe_layers.length) drawRouting();
+  if (now.colour === "attention") drawTokens();
+  drawChosen();
+  model.moe_layers.forEach((_, l) => drawLayer(l, page.layers.children[l]));
   drawLarge();
   drawPrediction();
-  page.losses.querySelectorAll(".here").forEach(bar => bar.classList.remove("here"));
-  page.losses.querySelectorAll(".losses").forEach(row => row.children[token].classList.add("here"));
+  page.losses.querySelectorAll(".losses").forEach(row => [...row.children].forEach((bar, i) => bar.classList.toggle("here", i === token)));
 }
 
-async function show(number) {
-  state = await unpackAll(data.states[number]);
-  if (page.stateName) page.stateName.textContent = state.name;
+function show(number) {
+  state = data.states[number];
+  if (page.state) page.state.textContent = state.name;
   paintHeads();
   open(now.layer, now.head);
   drawLosses();
-  drawWhole();
+  if (model.moe_layers.length) drawWhole(now.whole);
+  drawTokens();
   choose(now.token);
 }
 
+function build() {
+  const colours = getComputedStyle(document.documentElement);
+  [page.ink, page.mark] = ["--ink", "--mark"].map(name => colours.getPropertyValue(name));
+  page.main.replaceChildren();
+  for (const part of [buildText, buildRouting, buildAttention, buildPrediction, buildCorpus]) part();
+  show(data.states.indexOf(state));
+}
+
 async function main() {
-  page.main = el("main");
-  document.body.append(page.main);
-  pieces = data.vocabulary.pieces;
-  ids = await unpack(data.vocabulary.ids);
-  const tokens = await unpack(data.tokens);
-  [T] = tokens.shape;
-  text = range(T).map(i => tokens(i));
-  Object.assign(now, data.open);
-  const near = model.moe_layers.map(layer => Math.abs(layer - now.layer));
-  now.moe = Math.max(0, near.indexOf(Math.min(...near)));
-  buildText();
-  buildRouting();
-  buildAttention();
-  buildPrediction();
-  await buildCorpus();
-  await show(data.states.length - 1);
+  data = await unpack(JSON.parse(document.getElementById("data").textContent));
+  ({ model, sources } = data);
+  [T] = data.tokens.shape;
+  text = range(T).map(i => data.tokens(i));
+  state = data.states.at(-1);
+  const near = model.moe_layers.map(layer => Math.abs(layer - data.open.layer));
+  Object.assign(now, data.open, { moe: Math.max(0, near.indexOf(Math.min(...near))), colour: near.length ? "group" : "loss" });
+  page.main = document.body.appendChild(el("main"));
+  build();
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", build);
   document.documentElement.dataset.ready = "true";
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => show(+(document.querySelector("input[type=range]")?.value ?? 0)));
 }
 
 main();

@@ -23,8 +23,8 @@ The page holds one JSON object, <script id="data" type="application/json">:
               long texts only the first heads), best and probability (s, T, 5), loss (s, T), entropy (T)
   corpus      null, or tokens (how many were read) and, for "trained" and "untrained": load (l, E),
               together (l, E, E), words and lift (l, E, 10)
-An array is {shape, type, offset, scale, data}: `data` is base64 of a zlib stream of little-endian
-unsigned integers, type u1, u2 or u4; value = offset + scale * integer. `unpack` reads one.
+An array is {shape, type, offset, scale, power, data}: `data` is base64 of a zlib stream of little-endian
+unsigned integers, type u1, u2 or u4; value = (offset + scale * integer) ** power. `unpack` reads one.
 """
 
 import copy
@@ -34,6 +34,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,17 +150,17 @@ def expert_lift(model, corpus, best=10, least=5):
     """The tokens that each expert reads far more often than chance: words, lift and count (l, E, best).
 
     Lift is visits over the visits there would be were all tokens spread like the expert's load. Tokens
-    with fewer than `least` visits there are left out; lift 0 means that there are no more.
+    with fewer than `least` visits are left out, and rare ones come later: the order is that of lift less
+    its standard error. Lift 0 means that there are no more.
     `corpus` is ids (N), or what `visits` returned.
     """
     found = corpus if isinstance(corpus, dict) else visits(model, corpus)
     counts, seen = found["counts"], found["seen"]
     expected = counts.sum(-1, keepdim=True) * (seen / seen.sum())
     lift = (counts / expected.clamp(min=1e-9)).masked_fill(counts < least, 0)
-    room = max(0, best - lift.shape[-1])
-    lift, order = torch.nn.functional.pad(lift, (0, room)).topk(best)
-    order = order.clamp(max=len(seen) - 1)
-    return {"words": found["words"][order], "lift": lift, "count": counts.gather(-1, order) * (lift > 0)}
+    sure = lift * (1 - counts.clamp(min=1).rsqrt())
+    order = sure.topk(min(best, len(seen))).indices
+    return {"words": found["words"][order], "lift": lift.gather(-1, order), "count": counts.gather(-1, order)}
 
 # ---- The page's data -------------------------------------------------------------------------------
 
@@ -187,9 +188,11 @@ def state_data(model, ids):
     heads = max(1, min(H, CELLS // (layers * T * (T + 1) // 2)))
     rows, columns = torch.tril_indices(T, T)
     attention = torch.stack([a[0, :heads, rows, columns].float().cpu() for a in seen.out.attentions])
-    state = {"attention": pack(attention, int(min(255, max(50, 6e6 // attention.numel()))))}
+    # A page of 64 tokens, 8 layers and 8 heads is to stay small; longer texts have smaller shares.
+    steps = (100, 2) if T > 64 else (int(min(255, max(50, 6e6 // attention.numel()))), 1)
+    state = {"attention": pack(attention, *steps)}
     state |= {name: pack(values, 65535) for name, values in summary.items()}
-    state |= {"best": prediction["ids"], "probability": pack(prediction["probability"], 255)}
+    state |= {"best": prediction["ids"], "probability": pack(prediction["probability"], 255, 2)}
     state |= {name: pack(prediction[name], 65535) for name in ("loss", "entropy")}
     if routing["layers"]:
         gate, expert = routing["gate"].topk(K)
@@ -226,7 +229,9 @@ def at_checkpoint(model, given):
 
     model = copy.deepcopy(model)
     numbers = {"model_state_dict": model.state_dict()}
-    dcp.load(numbers, checkpoint_id=folder, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process only
+        dcp.load(numbers, checkpoint_id=folder, no_dist=True)
     model.load_state_dict(numbers["model_state_dict"])
     return re.sub("^step-0*", "step ", folder.name), model
 

@@ -63,20 +63,24 @@ def deflate(raw):
     """Bytes as base64 of a zlib stream."""
     return base64.b64encode(zlib.compress(raw, 9)).decode()
 
-def pack(values, levels=None):
-    """An array of the page; numbers that are not whole are rounded to `levels` steps from least to most."""
+def pack(values, levels=None, power=1):
+    """An array of the page; numbers that are not whole are rounded to `levels` steps from least to most.
+
+    The steps are those of the power's root: with 2, they are finer where numbers are small.
+    """
     values = torch.as_tensor(values).detach().cpu().double().nan_to_num(0)
-    low, high = (float(values.min()), float(values.max())) if values.numel() else (0.0, 0.0)
+    root = values ** (1 / power)
+    low, high = (float(root.min()), float(root.max())) if root.numel() else (0.0, 0.0)
     offset, scale = (low, (high - low) / levels or 1.0) if levels else (0, 1)
-    whole = ((values - offset) / scale).round().numpy()
+    whole = ((root - offset) / scale).round().numpy()
     size = next(size for size in (1, 2, 4) if whole.max(initial=0) < 256**size)
-    data = deflate(whole.astype(f"<u{size}").tobytes())
-    return {"shape": list(values.shape), "type": f"u{size}", "offset": offset, "scale": scale, "data": data}
+    found = {"shape": list(values.shape), "type": f"u{size}", "offset": offset, "scale": scale, "power": power}
+    return found | {"data": deflate(whole.astype(f"<u{size}").tobytes())}
 
 def unpack(array):
     """The numbers of an array of the page."""
-    raw = np.frombuffer(zlib.decompress(base64.b64decode(array["data"])), "<" + array["type"])
-    return torch.from_numpy(array["offset"] + array["scale"] * raw.astype(np.float64)).view(array["shape"])
+    raw = np.frombuffer(zlib.decompress(base64.b64decode(array["data"])), "<" + array["type"]).astype(np.float64)
+    return torch.from_numpy((array["offset"] + array["scale"] * raw) ** array["power"]).view(array["shape"])
 
 # ---- The still picture -----------------------------------------------------------------------------
 
@@ -108,7 +112,8 @@ def spelled(data):
     """The text's tokens in letters that the font has."""
     font = font_manager.get_font(font_manager.findfont("DejaVu Sans Mono"))
     pieces = [data["vocabulary"]["pieces"][int(i)] for i in unpack(data["tokens"])]
-    return ["".join(c if font.get_char_index(ord(c)) else "▯" for c in piece) for piece in pieces]
+    pieces = ["".join(c if font.get_char_index(ord(c)) else "▯" for c in piece) for piece in pieces]
+    return [piece if len(piece) <= 14 else piece[:13] + "…" for piece in pieces]
 
 def lay_out(tokens):
     """(x, line, width) of each token's box, in letters."""

@@ -11,11 +11,8 @@ from helpers import MOONLIGHT, V3, build, tokens
 
 import deepseek_v3
 from deepseek_v3 import (
-    DeepseekV3Config,
-    DeepseekV3ForCausalLM,
-    DeepseekV3ForSequenceClassification,
-    DeepseekV3ForTokenClassification,
-    DeepseekV3Model,
+    DeepseekV3Config, DeepseekV3ForCausalLM, DeepseekV3ForSequenceClassification,
+    DeepseekV3ForTokenClassification, DeepseekV3Model,
 )
 
 IDS, D, VOCAB = tokens(2, 4), 32, 61
@@ -33,16 +30,14 @@ def model():
 
 OTHER_CACHE = build(seed=1, kv_lora_rank=5)(tokens(2, 3), use_cache=True).past_key_values
 FORWARD = [
-    (dict(input_ids=[[1, 2]]), "input_ids: list"),
-    (dict(input_ids="text"), "input_ids: str"),
+    (dict(input_ids=[[1, 2]]), "input_ids: list"), (dict(input_ids="text"), "input_ids: str"),
     (dict(input_ids=IDS.numpy()), "input_ids: ndarray"),
     (dict(input_ids=IDS.float()), "input_ids: torch.float32"),
     (dict(input_ids=IDS.to(torch.int16)), "input_ids: torch.int16"),
     (dict(input_ids=IDS[0]), "input_ids: torch.int64 of shape (4,)"),
     (dict(input_ids=IDS[:0]), "input_ids: torch.int64 of shape (0, 4)"),
     (dict(input_ids=IDS[:, :0]), "input_ids: torch.int64 of shape (2, 0)"),
-    (dict(input_ids=IDS + 2**62), "input_ids hold"),
-    (dict(input_ids=IDS - 100), "input_ids hold -"),
+    (dict(input_ids=IDS + 2**62), "input_ids hold"), (dict(input_ids=IDS - 100), "input_ids hold -"),
     (dict(input_ids=None, inputs_embeds=torch.zeros(2, 4, D - 1)), "inputs_embeds"),
     (dict(input_ids=None, inputs_embeds=torch.zeros(2, D)), "inputs_embeds"),
     (dict(input_ids=None, inputs_embeds=torch.zeros(2, 4, D).long()), "inputs_embeds"),
@@ -59,15 +54,11 @@ FORWARD = [
     (dict(position_ids=torch.arange(4)), "position_ids: torch.int64 of shape (4,)"),
     (dict(past_key_values=()), "past_key_values: tuple"),
     (dict(past_key_values=[(IDS, IDS)]), "past_key_values: list"),
-    (dict(past_key_values=OTHER_CACHE), "past_key_values"),
-    (dict(logits_to_keep=-1), "logits_to_keep=-1"),
-    (dict(logits_to_keep=1.5), "logits_to_keep=1.5"),
-    (dict(labels=[[1] * 4] * 2), "labels: list"),
+    (dict(past_key_values=OTHER_CACHE), "past_key_values"), (dict(logits_to_keep=-1), "logits_to_keep=-1"),
+    (dict(logits_to_keep=1.5), "logits_to_keep=1.5"), (dict(labels=[[1] * 4] * 2), "labels: list"),
     (dict(labels=IDS[:, 1:]), "labels: torch.int64 of shape (2, 3)"),
-    (dict(labels=IDS.float()), "labels: torch.float32"),
-    (dict(labels=IDS + VOCAB), "labels hold"),
-    (dict(labels=IDS * 0 - 99), "labels hold -99"),
-    (dict(labels=IDS, logits_to_keep=1), "labels"),
+    (dict(labels=IDS.float()), "labels: torch.float32"), (dict(labels=IDS + VOCAB), "labels hold"),
+    (dict(labels=IDS * 0 - 99), "labels hold -99"), (dict(labels=IDS, logits_to_keep=1), "labels"),
 ]
 
 @pytest.mark.parametrize(("given", "culprit"), FORWARD, ids=[culprit for _, culprit in FORWARD])
@@ -218,12 +209,8 @@ def places(tmp_path_factory):
     return root
 
 COMMANDS = [
-    ("", "required"),
-    ("fly", "fly"),
-    ("generate", "directory"),
-    ("generate nowhere hi", "nowhere"),
-    ("generate {root}/broken.json hi", "broken.json"),
-    ("generate {root}/empty hi", "empty"),
+    ("", "required"), ("fly", "fly"), ("generate", "directory"), ("generate nowhere hi", "nowhere"),
+    ("generate {root}/broken.json hi", "broken.json"), ("generate {root}/empty hi", "empty"),
     ("generate {root}/no_tokenizer hi", "tokenizer.json"),
     ("generate {root}/odd_tokenizer hi", "tokenizer.json"),
     ("generate {root}/model hi --max-new-tokens -1", "--max-new-tokens: -1"),
@@ -232,37 +219,25 @@ COMMANDS = [
     ("generate {root}/model hi --seed 1" + "0" * 30, "--seed"),
     ("generate {root}/model hi --draft-tokens 0 --mtp", "draft"),
     ("generate {root}/model hi --draft-tokens 2", "draft"),
-    ("generate {root}/model hi --chat", "chat template"),
-    ("info nowhere", "nowhere"),
-    ("info {root}/broken.json", "broken.json"),
-    ("info {root}/odd.json", "hidden_size='wide'"),
+    ("generate {root}/model hi --chat", "chat template"), ("info nowhere", "nowhere"),
+    ("info {root}/broken.json", "broken.json"), ("info {root}/odd.json", "hidden_size='wide'"),
     ("info {root}/huge.json", "num_hidden_layers"),
     ("info {root}/moonlight.json --gpus 1000 --gpu-memory 1", "one layer takes"),
-    ("info {root}/model --gpus 0", "--gpus: 0"),
-    ("info {root}/model --gpus 1000000000", "--gpus"),
+    ("info {root}/model --gpus 0", "--gpus: 0"), ("info {root}/model --gpus 1000000000", "--gpus"),
     ("info {root}/model --gpus 2 --gpu-memory nan", "--gpu-memory: nan"),
-    ("info {root}/model --gpus 2 --gpu-memory 0", "--gpu-memory: 0"),
-    ("train --data {root}/empty", "empty"),
+    ("info {root}/model --gpus 2 --gpu-memory 0", "--gpu-memory: 0"), ("train --data {root}/empty", "empty"),
     ("train --data nowhere", "nowhere"),
     ("train --data {root}/bytes.txt --vocab-size 270", "bytes.txt: not UTF-8"),
-    ("train --steps 0", "--steps: 0"),
-    ("train --length 3", "--length: 3"),
-    ("train --batch 1000000000000", "--batch"),
-    ("train --warmup nan", "--warmup: nan"),
-    ("train --gamma nan", "--gamma: nan"),
-    ("train --batch-ramp 0.5", "--batch-ramp"),
-    ("train --fp8", "--fp8"),
+    ("train --steps 0", "--steps: 0"), ("train --length 3", "--length: 3"),
+    ("train --batch 1000000000000", "--batch"), ("train --warmup nan", "--warmup: nan"),
+    ("train --gamma nan", "--gamma: nan"), ("train --batch-ramp 0.5", "--batch-ramp"), ("train --fp8", "--fp8"),
     ("train --batch -4", "--batch: -4: must be in 1"),
     ("train --batch 4 --accumulate 3", "--batch 4: must be a multiple of 3"),
-    ("train --vocab-size 100", "--vocab-size: 100"),
-    ("train --lr inf", "--lr: inf"),
-    ("train --vocab-size 1" + "0" * 30, "--vocab-size"),
-    ("train --keep 0", "--keep: 0"),
-    ("train --device nowhere", "--device"),
-    ("train --device cuda:99", "--device"),
+    ("train --vocab-size 100", "--vocab-size: 100"), ("train --lr inf", "--lr: inf"),
+    ("train --vocab-size 1" + "0" * 30, "--vocab-size"), ("train --keep 0", "--keep: 0"),
+    ("train --device nowhere", "--device"), ("train --device cuda:99", "--device"),
     ("train --config {root}/broken.json", "broken.json"),
-    ("train --config {root}/huge.json", "num_hidden_layers"),
-    ("train --config nowhere.json", "nowhere.json"),
+    ("train --config {root}/huge.json", "num_hidden_layers"), ("train --config nowhere.json", "nowhere.json"),
 ]
 
 @pytest.mark.parametrize(("words", "culprit"), COMMANDS, ids=[words or "nothing" for words, _ in COMMANDS])

@@ -91,8 +91,7 @@ def test_zero_a_head_with_a_hook_on_softmax():
 
 ADAPTERS = {name: dict(target_modules=[name]) for name in ("q_proj", "kv_b_proj", "eh_proj")}
 ADAPTERS |= {
-    "all-linear": dict(target_modules="all-linear"),
-    "dora": dict(target_modules="all-linear", use_dora=True),
+    "all-linear": dict(target_modules="all-linear"), "dora": dict(target_modules="all-linear", use_dora=True),
     "experts": dict(target_modules=[], target_parameters=["experts.up_proj", "experts.down_proj"]),
     "saved": dict(target_modules=["o_proj"], modules_to_save=["lm_head", "embed_tokens"]),
 }
@@ -141,14 +140,12 @@ def test_parametrize_every_weight():
 
 PLACES = {
     "layers.*.self_attn.softmax": lambda old, scores: (2 * scores).softmax(-1),
-    "layers.*.mlp": lambda old, x: x.tanh(),
-    "layers.*.self_attn": lambda old, x, *_: x.sin(),
+    "layers.*.mlp": lambda old, x: x.tanh(), "layers.*.self_attn": lambda old, x, *_: x.sin(),
     "layers.*.mlp.gate": lambda old, x: old(x)._replace(weights=old(x).weights * 0.5),
     "layers.*.mlp.experts": lambda old, x, indices, weights: x * weights.sum(-1, keepdim=True),
     "layers.*.self_attn.kv_b_proj": lambda old, latent: old(latent).cos(),
     "layers.*.input_layernorm": lambda old, x: F.layer_norm(x, x.shape[-1:]),
-    "layers.0": lambda old, x, *_: x / 2,
-    "lm_head": lambda old, x: old(x) ** 3,
+    "layers.0": lambda old, x, *_: x / 2, "lm_head": lambda old, x: old(x) ** 3,
     "embed_tokens": lambda old, ids: old((ids + 1) % 64),
 }
 

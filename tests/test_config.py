@@ -111,8 +111,7 @@ def test_every_spelling_of_yarn_means_the_same(spelling):
 @pytest.mark.parametrize(
     "rope",
     [
-        dict(rope_theta=50000.0),
-        dict(rope_theta=50000, rope_scaling=None),
+        dict(rope_theta=50000.0), dict(rope_theta=50000, rope_scaling=None),
         dict(rope_parameters={"rope_type": "default", "rope_theta": 50000.0}),
         dict(rope_theta=50000.0, rope_scaling={"type": "default"}),
     ],
@@ -224,14 +223,9 @@ def test_the_last_value_that_works_is_taken(given):
     assert {key: kept[key] for key in given} == given
 
 BAD_YARN = {
-    "type": ["linear", "longrope", None],
-    "factor": [0, -40, math.nan, "40", True, None, HUGE, 9e-7, 1.1e9],
-    "original_max_position_embeddings": [0, None, HUGE],
-    "beta_fast": [-32, 1e-320],
-    "beta_slow": [-1],
-    "mscale": [-1.0],
-    "mscale_all_dim": [math.inf, 1e200],
-    "attention_factor": [-0.5, "1", math.inf],
+    "type": ["linear", "longrope", None], "factor": [0, -40, math.nan, "40", True, None, HUGE, 9e-7, 1.1e9],
+    "original_max_position_embeddings": [0, None, HUGE], "beta_fast": [-32, 1e-320], "beta_slow": [-1],
+    "mscale": [-1.0], "mscale_all_dim": [math.inf, 1e200], "attention_factor": [-0.5, "1", math.inf],
     "truncate": [False],
 }
 

@@ -19,10 +19,7 @@ from transformers.generation import logits_process
 from transformers.modeling_layers import MtpModel
 
 from deepseek_v3 import (
-    DeepseekV3Config,
-    DeepseekV3ForCausalLM,
-    DeepseekV3ForSequenceClassification,
-    DeepseekV3Model,
+    DeepseekV3Config, DeepseekV3ForCausalLM, DeepseekV3ForSequenceClassification, DeepseekV3Model,
 )
 
 load, IDS = DeepseekV3ForCausalLM.from_pretrained, tokens(2, 9)
@@ -69,15 +66,11 @@ THEIR_LIST = logits_process.LogitsProcessorList(
 )
 PREFIX = logits_process.PrefixConstrainedLogitsProcessor(allowed, 1)
 ASKED = {
-    "plain": {},
-    "penalty": {"repetition_penalty": 1.8},
-    "reward": {"repetition_penalty": 0.7},
+    "plain": {}, "penalty": {"repetition_penalty": 1.8}, "reward": {"repetition_penalty": 0.7},
     "function": {"logits_processor": odd_first},
     "list after a penalty": {"logits_processor": [odd_first, *THEIR_LIST], "repetition_penalty": 1.3},
-    "transformers' list": {"logits_processor": THEIR_LIST},
-    "transformers' class": {"logits_processor": PREFIX},
-    "embeddings": {"inputs_embeds": True},
-    "embeddings and ids": {"inputs_embeds": True, "input_ids": True},
+    "transformers' list": {"logits_processor": THEIR_LIST}, "transformers' class": {"logits_processor": PREFIX},
+    "embeddings": {"inputs_embeds": True}, "embeddings and ids": {"inputs_embeds": True, "input_ids": True},
     "cache": {"past_key_values": 2},
     "cache and embeddings": {"past_key_values": 2, "inputs_embeds": True, "input_ids": True},
 }
@@ -250,8 +243,7 @@ TWINS = {
     "glm of two dense layers": ("Glm4MoeLite", GLM | dict(mlp_layer_types=["dense", "dense", "sparse"])),
     "glm without dense layers": ("Glm4MoeLite", GLM | dict(mlp_layer_types=["sparse"] * 3)),
     "glm, biased and tied": ("Glm4MoeLite", GLM | dict(attention_bias=True, tie_word_embeddings=True)),
-    "youtu": ("Youtu", YOUTU),
-    "youtu with a head": ("Youtu", YOUTU | dict(tie_word_embeddings=False)),
+    "youtu": ("Youtu", YOUTU), "youtu with a head": ("Youtu", YOUTU | dict(tie_word_embeddings=False)),
     "youtu, biased, q from the state": ("Youtu", YOUTU | dict(attention_bias=True, q_lora_rank=None)),
 }
 

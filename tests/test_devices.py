@@ -119,11 +119,9 @@ def test_one_device_takes_parameters_and_router_biases(tmp_path, device_map, qua
     ("device_map", "named"),
     [
         ({"model.embed_tokens": "cpu", "model.layers": "cpu", "lm_head": "cpu"}, "model.norm"),
-        ({}, "model.embed_tokens"),
-        ({"": "cpu", "model.layer": "cpu"}, "'model.layer'"),
+        ({}, "model.embed_tokens"), ({"": "cpu", "model.layer": "cpu"}, "'model.layer'"),
         ({"": "cpu", "model.layers.77": "cpu"}, "'model.layers.77'"),
-        ({"": "cpu", "model.layers.1.mlp": "meta"}, "model.layers.1"),
-        ({"": "gpu7"}, "gpu7"),
+        ({"": "cpu", "model.layers.1.mlp": "meta"}, "model.layers.1"), ({"": "gpu7"}, "gpu7"),
         ({"": "cpu", "model.layers.1": "disk"}, "disk is no device"),
     ],
 )

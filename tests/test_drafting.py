@@ -216,10 +216,8 @@ def test_holes_are_bounded_by_the_best_row_and_statistics_count_rows_and_steps(t
 
 VOCAB, ROWS, DEEP = 11, 12000, 3
 FILTERS = {
-    "temperature": dict(temperature=0.8),
-    "top-k": dict(top_k=5, temperature=1.2),
-    "top-p": dict(top_p=0.95, temperature=1.3),
-    "min-p": dict(min_p=0.2, temperature=1.1),
+    "temperature": dict(temperature=0.8), "top-k": dict(top_k=5, temperature=1.2),
+    "top-p": dict(top_p=0.95, temperature=1.3), "min-p": dict(min_p=0.2, temperature=1.1),
     "all": dict(top_k=7, top_p=0.9, min_p=0.1, temperature=1.3),
 }
 

@@ -129,14 +129,8 @@ def test_a_residual_of_nothing_is_p_row_by_row():
 @pytest.mark.parametrize(
     ("config", "argument", "stops"),
     [
-        ([1, 2], None, [1, 2]),
-        (None, None, []),
-        (1, (7, 8), [7, 8]),
-        (1, 0, [0]),
-        (0, None, [0]),
-        (1, -1, []),
-        ([1, -1], None, []),
-        (1, [], []),
+        ([1, 2], None, [1, 2]), (None, None, []), (1, (7, 8), [7, 8]), (1, 0, [0]), (0, None, [0]), (1, -1, []),
+        ([1, -1], None, []), (1, [], []),
     ],
 )
 def test_what_ends_a_text(config, argument, stops):

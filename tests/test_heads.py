@@ -9,9 +9,7 @@ from helpers import build, close, pad, tiny, tokens
 from safetensors import safe_open
 
 from deepseek_v3 import (
-    DeepseekV3ForCausalLM,
-    DeepseekV3ForSequenceClassification,
-    DeepseekV3ForTokenClassification,
+    DeepseekV3ForCausalLM, DeepseekV3ForSequenceClassification, DeepseekV3ForTokenClassification,
     DeepseekV3Model,
 )
 
@@ -118,8 +116,7 @@ def test_a_head_hands_every_input_to_the_model(cls):
     cache = head(ids, use_cache=True).past_key_values
     assert cache.length == 5
     for given in (
-        {"input_ids": ids, "attention_mask": mask},
-        {"input_ids": ids, "position_ids": apart},
+        {"input_ids": ids, "attention_mask": mask}, {"input_ids": ids, "position_ids": apart},
         {"inputs_embeds": head.model.embed_tokens(ids)},
     ):
         ours, plain = head(**given).last_hidden_state, head.model(**given).last_hidden_state

@@ -105,8 +105,7 @@ def prompt_of(monkeypatch, capsys, folder, *options):
 @pytest.mark.parametrize(
     "template",
     [
-        RELEASED_STYLE,
-        WITHOUT_BOS,
+        RELEASED_STYLE, WITHOUT_BOS,
         [{"name": "tool_use", "template": "no"}, {"name": "default", "template": RELEASED_STYLE}],
     ],
     ids=["with bos", "without bos", "several"],

@@ -216,12 +216,10 @@ BAD += [
     )
 ]  # fmt: skip
 BAD += [
-    (UP, swap_entry),
-    ("model.layers.0.self_attn.o_proj.weight_scale_inv", forget_entry),
+    (UP, swap_entry), ("model.layers.0.self_attn.o_proj.weight_scale_inv", forget_entry),
     ("hidden", hide_a_tensor),
     *((INDEX, index_of(content)) for content in (b"{", b"[]", b"{}", b'{"weight_map": []}', b"\xff\x00")),
-    ("missing", index_of(b'{"weight_map": {}}')),
-    ("no model.safetensors", pickle_only),
+    ("missing", index_of(b'{"weight_map": {}}')), ("no model.safetensors", pickle_only),
     ("model_type='llama'", lambda d: edit_config(d, model_type="llama")),
     ("config.json", lambda d: (d / "config.json").unlink()),
     ("experts.0.down_proj.weight: of shape", lambda d: edit_config(d, moe_intermediate_size=128)),

@@ -14,11 +14,8 @@ MOE_LAYERS = 2
 
 SHUFFLED = torch.randperm(E, generator=torch.Generator().manual_seed(5))
 BIASES = {
-    "zeros": torch.zeros(E),
-    "plus five": torch.full((E,), 5.0),
-    "minus five": torch.full((E,), -5.0),
-    "negative": -torch.linspace(0.5, 4, E),
-    "mixed": torch.linspace(-3, 3, E)[SHUFFLED],
+    "zeros": torch.zeros(E), "plus five": torch.full((E,), 5.0), "minus five": torch.full((E,), -5.0),
+    "negative": -torch.linspace(0.5, 4, E), "mixed": torch.linspace(-3, 3, E)[SHUFFLED],
 }
 
 def close(a, b, tolerance=1e-5):
@@ -122,8 +119,7 @@ def experts_by_hand(layer, x):
     return torch.stack(rows).view_as(x)
 
 SHAPES = {
-    "usual": {},
-    "odd widths": {"hidden_size": 30, "moe_intermediate_size": 13},
+    "usual": {}, "odd widths": {"hidden_size": 30, "moe_intermediate_size": 13},
     "no shared expert": {"n_shared_experts": None},
     "two shared experts, one expert a token": {"n_shared_experts": 2, "num_experts_per_tok": 1},
     "one expert": dict(n_routed_experts=1, n_group=1, topk_group=1, num_experts_per_tok=1),

@@ -11,10 +11,7 @@ from hypothesis import strategies as st
 
 import deepseek_v3
 from deepseek_v3 import (
-    DeepseekV3ForCausalLM,
-    DeepseekV3ForSequenceClassification,
-    DeepseekV3ForTokenClassification,
-    Router,
+    DeepseekV3ForCausalLM, DeepseekV3ForSequenceClassification, DeepseekV3ForTokenClassification, Router,
     Sampling,
 )
 

@@ -22,8 +22,7 @@ V2_LITE = dict(
 )  # fmt: skip
 V2 = V2_LITE | dict(
     hidden_size=5120, num_hidden_layers=60, num_attention_heads=128, q_lora_rank=1536,
-    intermediate_size=12288, moe_intermediate_size=1536, n_routed_experts=160, n_group=8,
-    topk_group=3,
+    intermediate_size=12288, moe_intermediate_size=1536, n_routed_experts=160, n_group=8, topk_group=3,
 )  # fmt: skip
 CONFIGS = {"V3": V3, "V2": V2, "V2-Lite": V2_LITE, "Moonlight": MOONLIGHT, "Kimi-K2": KIMI_K2}
 

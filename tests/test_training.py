@@ -1,6 +1,5 @@
 """Training: text, data, schedule, exact resumption, several processes, and what a run leaves behind."""
 
-import contextlib
 import copy
 import io
 import json
@@ -10,35 +9,24 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 import types
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from runs import ENVIRONMENT, SMALL, TEMPLATES, NoDoubles, call, contents, gradients, losses, measured, metrics, numbers
+from runs import program, replaced, same, trainer, weighed
 from safetensors.torch import load_file
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import deepseek_v3
 from deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM
 
-ROOT = Path(deepseek_v3.__file__).parent
-SMALL = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "q_lora_rank": None,
-    "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
-    "intermediate_size": 48, "moe_intermediate_size": 16, "n_routed_experts": 8, "n_group": 2,
-    "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "rope_theta": 1e4,
-    "num_nextn_predict_layers": 1,
-}  # fmt: skip
 LITERAL = f"one {deepseek_v3.EOS} two {deepseek_v3.BOS} three\n"
-# Threads that wait without spinning: other work on the machine slows these down least.
-ENVIRONMENT = os.environ | {"OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
@@ -69,39 +57,6 @@ def whole(words, tmp_path_factory):
     status, said, errors = call(*words, "--out", out)
     assert (status, errors) == (0, []), errors
     return types.SimpleNamespace(out=out, said=said, model=DeepseekV3ForCausalLM.from_pretrained(out))
-
-def call(*words):
-    """Exit status, what a command prints, and its lines on stderr but progress bars."""
-    said, errors, status = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
-        try:
-            deepseek_v3.main([*map(str, words)])
-        except SystemExit as stop:
-            status = stop.code
-    lines = errors.getvalue().replace("\r", "\n").splitlines()
-    return status, said.getvalue(), [line for line in lines if line.strip() and "|" not in line]
-
-def trainer(words, *more):
-    return deepseek_v3.Trainer(deepseek_v3.parser().parse_args([*words, *map(str, more)]))
-
-def metrics(out):
-    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-
-def losses(out):
-    return [(line["step"], line["loss"], line["grad_norm"], line["max_violation"]) for line in metrics(out)]
-
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-def replaced(words, **options):
-    """The command line with other values for some of its options."""
-    for name, value in options.items():
-        place = words.index(f"--{name}")
-        words = [*words[:place], *([] if value is None else [f"--{name}", str(value)]), *words[place + 2 :]]
-    return words
-
-def same(model, other):
-    return all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 # ---- What a token stands for ----
 
@@ -151,18 +106,6 @@ def test_inference_begins_as_training_did_and_as_transformers_does(words, whole,
     documents = np.fromfile(tmp_path / "more/tokens.bin", np.uint16)
     assert ((documents == 0).sum(), (documents == 1).sum()) == (42 * (begin is not False), 42)
 
-TEMPLATES = {
-    "loops": "{% for m in messages * 3 %}{% if loop.index == 2 %}{% continue %}{% endif %}{{ loop.index }}"
-    "{{ m.content }}{% if loop.index > 2 %}{% break %}{% endif %}\n{% endfor %}",
-    "generation": "{% for m in messages %}\n  {% generation %}\n {{ m.content }}{% set x = 1 %}\n"
-    "{% endgeneration %}\n{% endfor %}[{{ x }}]{{ eos_token }}",
-    "time": "{{ strftime_now('%d %B %Y') }}",
-    "json": "{{ {'b': '<é>', 'a': [1]} | tojson }}{{ messages | tojson(indent=2) }}{{ messages | tojson(False, 4) }}"
-    "{{ messages | tojson(separators=(',', ':'), ensure_ascii=True, sort_keys=True) }}",
-    "names": "{{ bos_token }}{{ pad_token is defined }}{{ tools is none }}{{ documents is none }}{{ add_generation_prompt }}",
-    "fails": "{{ raise_exception('only so') }}",
-}  # fmt: skip
-
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_chat_templates_render_as_in_transformers(whole, tmp_path, template):
     shutil.copy(whole.out / "tokenizer.json", tmp_path)
@@ -170,28 +113,8 @@ def test_chat_templates_render_as_in_transformers(whole, tmp_path, template):
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATES[template]} | markers
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     chat, theirs = [{"role": "user", "content": "<Hi> é"}], transformers.AutoTokenizer.from_pretrained(tmp_path)
-    render = partial(theirs.apply_chat_template, chat, tokenize=False, add_generation_prompt=True)
-    if template == "fails":
-        for fails in (render, partial(deepseek_v3.chat_prompt, tmp_path, "<Hi> é")):
-            with pytest.raises(Exception, match="only so"):
-                fails()
-    else:
-        assert deepseek_v3.chat_prompt(tmp_path, "<Hi> é") == render()
-
-@torch.no_grad()
-def measured(out, files, T):
-    """Nats and scored tokens of each window of T tokens of the files, and their bytes."""
-    model, tokenizer = DeepseekV3ForCausalLM.from_pretrained(out), transformers.AutoTokenizer.from_pretrained(out)
-    encode = partial(tokenizer, add_special_tokens=False, split_special_tokens=True)
-    ids, found = [i for file in files for i in (0, *encode(file.read_text()).input_ids, 1)], []
-    for start in range(0, len(ids) - 1, T - 1):
-        row = torch.tensor(ids[start : start + T])
-        nats, scored = -model(row[None]).logits[0, :-1].log_softmax(-1), row[1:] != 0
-        found.append((float(nats.gather(-1, row[1:, None])[scored].sum()), int(scored.sum())))
-    return np.array(found).T, sum(file.stat().st_size for file in files)
-
-def numbers(said):
-    return [float(number.replace(",", "")) for number in re.findall(r"\d[\d.,]*", said)]
+    rendered = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert deepseek_v3.chat_prompt(tmp_path, "<Hi> é") == rendered
 
 @pytest.mark.parametrize("T", [7, 64])
 def test_evaluate_scores_each_token_once_and_counts_true_bytes(text, whole, tmp_path, T):
@@ -222,7 +145,8 @@ def test_isolated_documents_are_scored_and_trained_as_if_alone(text, whole, tmp_
     for i, file in enumerate(files):
         shutil.copy(file, tmp_path / f"{i}.txt")
     alone = [numbers(call("evaluate", whole.out, "--data", file)[1]) for file in files]
-    packed, isolated = (numbers(call("evaluate", whole.out, "--data", tmp_path, *more)[1]) for more in ((), ("--isolate",)))
+    both = call("evaluate", whole.out, "--data", tmp_path), call("evaluate", whole.out, "--data", tmp_path, "--isolate")
+    packed, isolated = (numbers(said) for _, said, _ in both)
     tokens = [found[-3] for found in alone]
     assert isolated[-3] == packed[-3] == sum(tokens)
     assert isolated[0] == pytest.approx(np.average([found[0] for found in alone], weights=tokens), abs=2e-4)
@@ -277,10 +201,6 @@ def test_the_learning_rate_follows_the_report():
     rate = [deepseek_v3.learning_rate_factor(p, 0.02) for p in (0, 0.01, 0.5, 12.15 / 14.8, 0.97, 0.995)]
     assert rate == pytest.approx([0, 0.5, 1, 0.55, 0.1, 7.3e-6 / 2.2e-4], abs=1e-3)
 
-def weighed(line, balance=1e-4):
-    """λ of a step."""
-    return (line["loss"] - line["main_loss"] - balance * line["balance_loss"]) / line["mtp_loss"]
-
 def test_a_run_logs_what_the_contract_names_and_leaves_a_checkpoint(text, whole):
     lines = metrics(whole.out)
     named = {"step", "loss", "main_loss", "mtp_loss", "balance_loss", "max_violation", "lr", "grad_norm"}
@@ -322,7 +242,7 @@ def test_help_groups_its_flags_and_says_what_there_is():
     groups = re.findall(r"^(\w.*):$", said, re.MULTILINE)
     assert status == 0 and len(groups) >= 4 and "--accumulate" in said
 
-@pytest.mark.parametrize("given", [dict(mtp_loss_weight=0.05, balance_loss_weight=0.01), dict(), dict(mtp_loss_weight=0)])
+@pytest.mark.parametrize("given", [dict(mtp_loss_weight=0.05, balance_loss_weight=0.01), {}, dict(mtp_loss_weight=0)])
 def test_weights_of_losses_in_the_config_are_kept_and_others_follow_the_schedule(words, tmp_path, given):
     (tmp_path / "c.json").write_text(json.dumps(SMALL | given))
     call(*replaced(words, config=tmp_path / "c.json", steps=2), "--out", tmp_path / "out")
@@ -339,7 +259,8 @@ def test_what_a_config_leaves_out_is_as_in_the_tiny_one(words, tmp_path):
     small = DeepseekV3Config.tiny(hidden_size=64, n_shared_experts=2, vocab_size=270).to_dict()
     assert {name: run.config.to_dict()[name] for name in small} == small | {"bos_token_id": 0, "eos_token_id": 1}
     (tmp_path / "c.json").write_text(json.dumps(SMALL | {"vocab_size": 100}))
-    status, _, errors = call(*replaced(words, config=tmp_path / "c.json", **{"vocab-size": None}), "--out", tmp_path / "no")
+    words = replaced(words, config=tmp_path / "c.json", **{"vocab-size": None})
+    status, _, errors = call(*words, "--out", tmp_path / "no")
     assert status == 2 and "vocab_size=100: must be at least 258" in errors[0] and not (tmp_path / "no").exists()
 
 def test_another_checkpoint_is_where_a_run_may_begin(words, whole, tmp_path):
@@ -349,8 +270,9 @@ def test_another_checkpoint_is_where_a_run_may_begin(words, whole, tmp_path):
     run.run()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (whole.out / name).read_bytes()
-    older, (tiktoken := tmp_path / "tiktoken").mkdir() or contents(whole.out), tiktoken
-    shutil.copy(whole.out / "config.json", tiktoken), (tiktoken / "tiktoken.model").touch()
+    older, tiktoken = contents(whole.out), tmp_path / "tiktoken"
+    tiktoken.mkdir(), (tiktoken / "tiktoken.model").touch()
+    shutil.copy(whole.out / "config.json", tiktoken)
     for more, culprit in {
         ("--from", whole.out, "--config", tmp_path / "c.json"): "--from brings its config",
         ("--from", whole.out, "--vocab-size", "300"): "--from brings its config",
@@ -382,108 +304,29 @@ def test_every_saved_state_resumes_with_the_same_weights_bias_and_losses(words, 
         second.run()
         assert losses(tmp_path / str(stop)) == losses(whole.out) and same(second.model, whole.model)
 
-THREADS = """
-import json, sys, torch
-from pathlib import Path
-import deepseek_v3
-torch.set_num_threads(2)
-words, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
-
-def train(out, steps, *more):
-    run = deepseek_v3.Trainer(deepseek_v3.parser().parse_args([*words, "--out", str(folder / out), *more]))
-    found = [run.train_step()["loss"] for _ in range(steps)]
-    return run, found + [tensor.double().sum().item() for tensor in run.model.state_dict().values()]
-
-first, (_, again) = train("a", 60)[1], train("b", 60)
-run, part = train("c", 30)
-deepseek_v3.save_state(run)
-parts = part[:30] + train("c", 30, "--resume")[1]
-accumulated = [train(out, 20, "--accumulate", "2")[1] for out in "ef"]
-recomputed = train("d", 20, "--recompute")[1][:20]
-print(json.dumps([first == again, first == parts, first[:20] == recomputed, accumulated[0] == accumulated[1]]))
-"""
-
 def test_on_two_threads_the_same_command_gives_the_same_numbers(words, tmp_path):
     """Also killed and resumed, recomputed, accumulated; x[order // K] in the experts differs behind 11 steps."""
     (tmp_path / "c.json").write_text(json.dumps(SMALL | dict(num_experts_per_tok=4, topk_group=2)))
     large = replaced(words, config=tmp_path / "c.json", batch=8, length=64, steps=60)
-    command = [sys.executable, "-W", "ignore", "-c", THREADS, json.dumps(large), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT | {"OMP_NUM_THREADS": "2"})
-    assert done.stdout.splitlines()[-1:] == ["[true, true, true, true]"], done.stdout + done.stderr[-2000:]
-
-PAIR = """
-import json, os, signal, sys, time, torch
-from pathlib import Path
-torch.set_num_threads(1)
-import deepseek_v3
-from safetensors.torch import save_file
-words, out, ports = json.loads(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
-
-def gradients():
-    run, seen = deepseek_v3.Trainer(deepseek_v3.parser().parse_args([*words, "--out", str(out / "2")])), {}
-    named = run.model.named_parameters
-    run.optimizer.register_step_pre_hook(lambda *_: seen.update({n: p.grad.full_tensor() for n, p in named()}))
-    before = run.evaluate()
-    run.train_step()
-    if run.rank == 0:
-        save_file({name: tensor.contiguous() for name, tensor in seen.items()}, out / "2.safetensors")
-        (out / "2.json").write_text(json.dumps(before))
-
-def interrupted():
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    deepseek_v3.main([*words, "--out", str(out / "stopped"), "--steps", "400", "--save-every", "100"])
-
-def child(work, port, rank):
-    os.environ |= dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    status = 0
-    try:
-        work()
-    except SystemExit as stop:
-        status = 9 if torch.distributed.is_initialized() else 2 if stop.code == 2 else 1
-    finally:
-        sys.stderr.flush()
-        os._exit(status)
-
-def both(work, port):
-    children = [pid for rank in "01" if (pid := os.fork()) or child(work, port, rank)]
-    log = out / "stopped/metrics.jsonl"
-    while work is interrupted and not (log.exists() and log.read_text().count("\\n") > 2):
-        time.sleep(0.01)
-    for pid in children if work is interrupted else ():
-        os.kill(pid, signal.SIGINT)
-        time.sleep(0.03)
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
-
-print(json.dumps([both(gradients, ports[0]), both(interrupted, ports[1])]))
-"""
-
-def free_ports(count):
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [each.getsockname()[1] for each in sockets]
+    assert program("threads", large, tmp_path, 2) == [True] * 4
 
 def test_a_label_weighs_the_same_in_whatever_part_and_process_it_is(words, tmp_path):
     """Rows here have 3 to 15 labels. Both processes stop behind one step at Ctrl-C, and leave no half."""
     (tmp_path / "text").mkdir()
-    for i, size in enumerate([3, 3, 3, 3, 90, 2, 2, 2, 2, 2, 2, 2] * 16):
-        (tmp_path / f"text/{i:03}.txt").write_text(str(i) * (size // 3) + "x" * (size % 3))
+    for i in range(192):
+        (tmp_path / f"text/{i:03}.txt").write_text("" if i % 96 < 48 else "some more text " * (i % 4))
     words = replaced(words, data=tmp_path / "text", batch=16)
-    arguments = json.dumps(words), str(tmp_path), json.dumps(free_ports(2))
-    command = [sys.executable, "-W", "ignore", "-c", PAIR, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT | {"OMP_NUM_THREADS": "1"}, timeout=120)
-    assert done.stdout.splitlines()[-1:] == ["[[0, 0], [1, 0]]"], done.stdout + done.stderr[-2000:]
-    found = {2: (json.loads((tmp_path / "2.json").read_text()), load_file(tmp_path / "2.safetensors"))}
-    for parts in (1, 4, 8):
-        run, seen = trainer(words, "--out", tmp_path / f"parts-{parts}", "--accumulate", parts), {}
-        named = run.model.named_parameters
-        run.optimizer.register_step_pre_hook(lambda *_: seen.update({n: p.grad.clone() for n, p in named()}))
-        found[-parts] = run.evaluate(), (run.train_step(), seen)[1]
+    assert program("processes", words, tmp_path, 1) == [[0, 0], [5, 0]]
+    found = [(load_file(tmp_path / "2.safetensors"), json.loads((tmp_path / "2.json").read_text()))]
+    for parts in (8, 4, 1):
+        run = trainer(words, "--out", tmp_path / f"parts-{parts}", "--accumulate", parts)
+        found.append(gradients(run))
     labels = (run.corpus.batch(0, 16)["labels"][:, 1:] != -100).sum(1)
-    assert labels.min() < 9 and labels.max() == 15
-    for score, gradients in found.values():
-        assert score == pytest.approx(found[-1][0], rel=1e-5)
-        for name, gradient in found[-1][1].items():
-            assert (gradients[name] - gradient).norm() < 1e-5 * gradient.norm() + 1e-9, name
+    assert labels.min() < 9 and labels.max() > 13
+    for seen, score in found:
+        assert score == pytest.approx(found[-1][1], rel=1e-5)
+        apart = {name: float((seen[name] - grad).norm() / (grad.norm() + 1e-6)) for name, grad in found[-1][0].items()}
+        assert max(apart.values()) < 1e-5, apart
     step = len(metrics(tmp_path / "stopped"))
     assert [path.name for path in (tmp_path / "stopped/states").iterdir()] == [f"step-{step:08d}"]
     assert not [path for path in (tmp_path / "stopped").rglob("*") if "tmp" in path.name]
@@ -491,7 +334,7 @@ def test_a_label_weighs_the_same_in_whatever_part_and_process_it_is(words, tmp_p
 
 def test_torchrun_trains_the_same_model_stops_at_ctrl_c_and_one_process_goes_on(words, whole, tmp_path):
     launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command = [*launcher, str(ROOT / "deepseek_v3.py"), *words, "--out", str(tmp_path)]
+    command = [*launcher, deepseek_v3.__file__, *words, "--out", str(tmp_path)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT | {"OMP_NUM_THREADS": "1"})
     # Where the tests run in the background, interrupts are ignored, and children inherit that.
     running = subprocess.Popen(command, **pipes, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
@@ -519,11 +362,9 @@ def test_only_the_last_whole_states_are_kept_and_resumed_from(words, whole, tmp_
     status, said, errors = call(*words, "--out", tmp_path, "--resume")
     assert status == 0 and not errors and "held out:" in said  # nothing left to do
 
-OTHERS = {  # files of somebody else, and whether --overwrite may replace them
-    "a checkpoint": ("config.json", "model.safetensors", "generation_config.json"),
+OTHERS = {  # files of somebody else
+    "a checkpoint": ("config.json", "model.safetensors.index.json", "generation_config.json", "metrics.jsonl"),
     "a tokenizer": ("tokenizer.json", "tokenizer_config.json"),
-    "shards": ("model.safetensors.index.json",),
-    "a log": ("metrics.jsonl",),
 }
 
 @pytest.mark.parametrize("files", OTHERS.values(), ids=OTHERS)
@@ -548,10 +389,10 @@ def test_a_refused_command_changes_nothing(words, text, whole, tmp_path):
     shutil.copytree(text, data)
     (data / "00.py").write_text((data / "00.py").read_text().replace("x", "y"))
     before = contents(whole.out)
-    changes = {"seed": (5, 0), "batch": (8, 4), "length": (8, 16), "lr": (0.001, 0.004), "warmup": (0.5, 0.1)}
-    changes |= {"gamma": (0.1, 0.002), "vocab-size": (290, 270), "intermediate_size": (64, 48)}
-    cases = [(("--resume", "--config", other) if name == "intermediate_size" else ("--resume", f"--{name}", now),
-              f"{name.replace('-', '_')} is {now}, but was {then}") for name, (now, then) in changes.items()]  # fmt: skip
+    was = dict(seed=(5, 0), batch=(8, 4), length=(8, 16), lr=(0.001, 0.004), warmup=(0.5, 0.1), gamma=(0.1, 0.002))
+    cases = [(("--resume", f"--{name}", now), f"{name} is {now}, but was {then}") for name, (now, then) in was.items()]
+    cases += [(("--resume", "--config", other), "intermediate_size is 64, but was 48")]
+    cases += [(("--resume", "--vocab-size", 290), "vocab_size is 290, but was 270")]
     cases += [(("--resume", "--data", data), "--data is other text"), ((), "--overwrite replaces it")]
     cases += [(("--resume", "--steps", 2), "but the run is at step 6"), (("--overwrite", "--batch", 4000), "windows")]
     cases += [(("--overwrite", "--length", 5000), "too short"), (("--resume", "--centred"), "centred is True")]
@@ -569,7 +410,7 @@ def test_more_steps_go_on_and_say_what_becomes_of_the_learning_rate(words, whole
     shutil.copytree(whole.out, tmp_path / "out")
     status, _, errors = call(*replaced(words, steps=8), "--out", tmp_path / "out", "--resume")
     rates = [line["lr"] for line in metrics(tmp_path / "out")]
-    assert status == 0 and "6 steps become 8" in errors[0] and f"{rates[6]:.2e}" in errors[0]
+    assert status == 0 and "6 steps become 8" in errors[0] and "learning rate goes on at 30%" in errors[0]
     assert rates == pytest.approx([line["lr"] for line in metrics(whole.out)] + [
         0.004 * deepseek_v3.learning_rate_factor(step / 8, 0.1) for step in (7, 8)])  # fmt: skip
 
@@ -581,13 +422,13 @@ def test_a_run_inside_of_its_text_does_not_read_itself(words, text, tmp_path):
     assert (np.fromfile(tmp_path / "project/out/tokens.bin", np.uint16) == 0).sum() == 42
 
 @pytest.mark.parametrize("saved", [True, False])
-@pytest.mark.parametrize("what", ["loss is nan", "gradient's norm is (nan|inf)"])
+@pytest.mark.parametrize("what", ["loss is nan, the gradient's norm nan", "loss is [0-9.]+, the gradient's norm inf"])
 def test_what_is_not_finite_stops_the_run_before_it_learns(words, tmp_path, what, saved):
     run = trainer(words, "--out", tmp_path, "--save-every", 1 if saved else 100)
     run.model.lm_head.weight.register_hook(lambda grad: grad / float(run.step != 2))
-    if what[0] == "l":
+    if "loss is nan" in what:
         run.model.model.norm.register_forward_hook(lambda *a: a[2] * (math.nan if run.step == 2 else 1))
-    state = f"the last good state is .*step-0000000{2}" if saved else "no state was saved yet"
+    state = "the last good state is .*step-00000002" if saved else "no state was saved yet"
     before = []
     run.optimizer.register_step_post_hook(lambda *_: before.append(copy.deepcopy(run.model.state_dict())))
     with pytest.raises(FloatingPointError, match=f"step 3: the {what}; {state}"):
@@ -619,11 +460,11 @@ def test_hidden_and_binary_files_are_left_out_and_counted_in_one_line(words, tex
     data = tmp_path / "test"  # a name that is skipped inside of Python's library
     shutil.copytree(text, data / "tests")
     (data / ".git").mkdir()
-    (data / ".git/index").write_bytes(b"\xff\xfe"), (data / ".git/note").touch(), (data / "x.png").write_bytes(b"\x89PNG")
+    (data / ".git/index").write_bytes(b"\xff\xfe"), (data / ".git/note").touch()
+    (data / "x.png").write_bytes(b"\x89PNG")
     status, _, errors = call(*replaced(words, data=data, steps=1), "--out", tmp_path / "out")
     assert status == 0 and len(errors) == 1 and "3 files left out" in errors[0]
     assert (np.fromfile(tmp_path / "out/tokens.bin", np.uint16) == 0).sum() == 42
-    shutil.rmtree(data / ".git"), (data / "tests/a.py").rename(data / "a.py") if (data / "tests/a.py").exists() else None
     (data / "b.py").write_text("pass")
     monkeypatch.setattr(deepseek_v3.sysconfig, "get_path", lambda name: str(data))
     assert [path.name for path in deepseek_v3.corpus_files(None)[0]] == ["b.py"]
@@ -631,7 +472,7 @@ def test_hidden_and_binary_files_are_left_out_and_counted_in_one_line(words, tex
     with pytest.raises(ValueError, match="came without its sources, give --data"):
         deepseek_v3.corpus_files(None)
 
-@pytest.mark.parametrize("line", ["---", "--x", "日本語の文章です。" * 9, "'a' \"b\" $HOME `c` \\", LITERAL.strip()])
+@pytest.mark.parametrize("line", [LITERAL + "---\n--x\n'a' \"b\" $HOME `c` \\", "日本語の文章です。" * 9])
 def test_the_prompt_that_is_suggested_is_of_the_text_and_can_be_typed(words, tmp_path, line):
     (tmp_path / "text.txt").write_text(f"{line}\nsome more text\n" * 99 if line[0] != "日" else line * 99)
     status, said, _ = call(*replaced(words, data=tmp_path / "text.txt", steps=1), "--out", tmp_path / "out")
@@ -645,7 +486,7 @@ def test_generate_passes_on_what_it_is_told(whole, monkeypatch):
     told = dict(top_k=5, top_p=0.75, min_p=0.125, temperature=0.5, max_new_tokens=3, use_mtp=True, num_draft_tokens=2)
     assert seen | told | {"do_sample": True} == seen
     assert asked(monkeypatch, whole.out, "def", "--temperature", 0)["do_sample"] is False
-    assert "--device" in call("generate", whole.out, "def", "--device", "nowhere")[2][0]
+    assert "nowhere" in call("generate", whole.out, "def", "--device", "nowhere")[2][0]
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
 def test_a_console_of_few_characters_shows_question_marks(whole, monkeypatch, encoding):
@@ -656,7 +497,7 @@ def test_a_console_of_few_characters_shows_question_marks(whole, monkeypatch, en
         deepseek_v3.main(["generate", "日", "x"])
     monkeypatch.undo()
     shown = [(screen.flush(), screen.buffer.getvalue().decode(encoding))[1] for screen in screens]
-    assert shown[0].startswith("é ?" if encoding == "cp1252" else "? ?") and "?: no" in shown[1]
+    assert shown[0].startswith("é ?" if encoding == "cp1252" else "? ?") and "?/tokenizer.json: no" in shown[1]
 
 def test_memory_is_that_of_the_container_for_all_processes_of_a_machine(words, tmp_path, monkeypatch):
     monkeypatch.delattr(os, "sysconf", raising=False)  # as on Windows
@@ -664,7 +505,8 @@ def test_memory_is_that_of_the_container_for_all_processes_of_a_machine(words, t
     size = sum(4 * parameter.numel() for parameter in run.model.parameters())
     limit = Path("/sys/fs/cgroup/memory.max")
     monkeypatch.setattr(Path, "is_file", lambda path, real=Path.is_file: path == limit or real(path))
-    monkeypatch.setattr(Path, "read_text", lambda path, *a, **b: f"{3 * size // 2}\n" if path == limit else read(path, *a, **b))
+    text = f"{3 * size // 2}\n"
+    monkeypatch.setattr(Path, "read_text", lambda path, *a, **b: text if path == limit else read(path, *a, **b))
     assert trainer(words, "--out", tmp_path / "b").step == 0
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     status, _, errors = call(*words, "--out", tmp_path / "c")
@@ -681,15 +523,6 @@ def test_a_folder_that_cannot_be_written_is_named(words, tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "mkdir", refuse)
     status, _, errors = call(*words, "--out", tmp_path / "out")
     assert status == 2 and len(errors) == 1 and "Permission denied" in errors[0] and str(tmp_path / "out") in errors[0]
-
-class NoDoubles(TorchDispatchMode):
-    """As on Apple's GPUs: nothing is made in float64."""
-
-    def __torch_dispatch__(self, function, _types, args=(), kwargs=None):
-        out = function(*args, **kwargs or {})
-        made = [x for x in (out if isinstance(out, list | tuple) else [out]) if isinstance(x, torch.Tensor)]
-        assert all(x.dtype != torch.float64 for x in made), function
-        return out
 
 def test_no_step_needs_float64(words, whole, tmp_path):
     run = trainer(words, "--out", tmp_path)

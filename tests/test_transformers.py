@@ -31,8 +31,7 @@ BASE = dict(
     num_nextn_predict_layers=0, num_attention_heads=3, q_lora_rank=24, kv_lora_rank=20,
     qk_nope_head_dim=10, qk_rope_head_dim=8, v_head_dim=12, intermediate_size=44,
     moe_intermediate_size=16, n_routed_experts=12, n_shared_experts=1, num_experts_per_tok=4,
-    n_group=4, topk_group=2, max_position_embeddings=640, rope_scaling=None, pad_token_id=0,
-    num_labels=5,
+    n_group=4, topk_group=2, max_position_embeddings=640, rope_scaling=None, pad_token_id=0, num_labels=5,
 )  # fmt: skip
 
 def yarn(factor, original, **settings):
