@@ -2885,7 +2885,7 @@ def print_end(trainer):
     """What the run came to."""
     lines = (trainer.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     print("held out:", SCORE.format(**json.loads(lines[-1])))
-    whole = sum(trainer.seconds.values())
+    whole = sum(trainer.seconds.values()) or 1.0  # a run that was over already took none
     parts = ", ".join(f"{what} {took / whole:.0%}" for what, took in trainer.seconds.items())
     print(f"{whole:.0f} s: {parts}\n")
     corpus, tokenizer = trainer.corpus, trainer.tokenizer
