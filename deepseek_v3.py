@@ -1843,9 +1843,9 @@ def layer_types(config):
 def check_overrides(overrides):
     """ValueError for a keyword of from_pretrained that is no field of the config."""
     hints = {"torch_dtype": "use dtype", "device": "use device_map", "token": "nothing is downloaded"}
-    hints |= {"attn_implementation": "attention chooses by itself", "trust_remote_code": "no code of the folder runs"}
+    hints |= {"attn_implementation": "it is chosen by itself", "trust_remote_code": "no code of the folder runs"}
     for name in overrides.keys() - DeepseekV3Config.__dataclass_fields__.keys():
-        raise ValueError(f"from_pretrained({name}=…): {hints.get(name, 'no argument, and no field of the config')}")
+        raise ValueError(f"from_pretrained({name}=…): {hints.get(name, 'no argument, no field of the config')}")
 
 def load_config(cls, path, overrides):
     """A config from a folder's config.json, or from that file."""
@@ -2293,10 +2293,9 @@ def stored_tensors(model, quantize):
     for name, pieces in released_names(model).items():
         module, leaf = owner(model, name)
         weight, scale = getattr(module, leaf).detach(), getattr(module, leaf + SCALE, None)
-        to_fp8 = quantize is not None and scale is None and released_in_fp8(name, weight)
         for piece, part in pieces.items():
             one, its_scale = weight[part], None if scale is None else scale.detach()[part]
-            if to_fp8:
+            if quantize is not None and scale is None and released_in_fp8(name, weight):
                 one, its_scale = quantise(one)
             yield piece, one.contiguous()
             if its_scale is not None:
