@@ -1666,6 +1666,8 @@ class Drafter:
         cache.advance(documents, tokens.shape[1])
         return hidden.to(tokens.device)
 
+PREFILL = 4096  # tokens of a prompt that are read at once
+
 @dataclass
 class Prompt:
     """What generate continues: tokens (B, T) or embeddings (B, T, D), their padding, a cache of the first."""
@@ -1699,7 +1701,13 @@ class Prompt:
         given = {"input_ids": self.input_ids} if embeds is None else {"inputs_embeds": embeds}
         new = {name: x[:, cache.length :] for name, x in given.items()}
         inputs = model.prepare_inputs_for_generation(**new, attention_mask=self.attention_mask)
-        hidden = model.model(**inputs, past_key_values=cache).last_hidden_state  # (B, T, D)
+        new = {name: inputs.pop(name) for name in ("input_ids", "inputs_embeds") if inputs.get(name) is not None}
+        mask, states, (T, *_) = inputs.pop("attention_mask", None), [], [x.shape[1] for x in new.values()]
+        for start in range(0, T, PREFILL):  # in parts, so that what attention needs stays bounded
+            part = {name: x[:, start : start + PREFILL] for name, x in new.items()}
+            seen = None if mask is None else mask[:, : cache.length + min(PREFILL, T - start)]
+            states.append(model.model(**part, **inputs, attention_mask=seen, past_key_values=cache).last_hidden_state)
+        hidden = torch.cat(states, 1)  # (B, T, D)
         if rows > 1:
             hidden, cache = hidden.repeat_interleave(rows, 0), cache.repeat_interleave(rows)
         return hidden, cache
@@ -2721,11 +2729,12 @@ class Trainer:
         if left_out:
             print(f"{options.data}: {left_out} files left out: hidden, or not UTF-8 text", file=sys.stderr)
         names = "batch length seed steps lr warmup gamma centred isolate vocab_size".split()
-        now = {name: getattr(options, name) for name in names} | self.config.to_dict() | {"data": digest}
+        now = {"from": options.source} | {name: getattr(options, name) for name in names}
+        now |= self.config.to_dict() | {"data": digest}
         if self.resumed:
             then = read_json(self.out / "run.json")
             require(then.get("data") == digest, "--resume: --data is other text than that of the run")
-            for name in sorted((then.keys() | now.keys()) - {"steps"}):
+            for name in (name for name in {**now, **then} if name != "steps"):
                 same = then.get(name) == now.get(name)
                 require(same, f"--resume: {name} is {now.get(name)}, but was {then.get(name)}")
         else:
@@ -2909,7 +2918,8 @@ def load_state(trainer):
     if trainer.rank == 0:
         write_json(trainer.out / "run.json", trainer.settings)
         metrics = trainer.out / "metrics.jsonl"
-        lines = metrics.read_text(encoding="utf-8").splitlines(True) if trainer.step else []
+        held = trainer.step and metrics.is_file()
+        lines = metrics.read_text(encoding="utf-8").splitlines(True) if held else []
         metrics.write_text("".join(lines[: trainer.step]), encoding="utf-8")
 
 # ---- 14. Commands -------------------------------------------------------------------------------

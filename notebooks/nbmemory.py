@@ -3,6 +3,7 @@
 Linux only. Pages of a mapped file that are in memory count as memory of the process, as they should.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import deepseek_v3 as ds  # noqa: E402
 def resident():
     """MiB of this process in memory now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096 / 2**20
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 def watch(folder):
     """Load the checkpoint and print a line after each tensor."""

@@ -107,8 +107,9 @@ def explore(model, text=SAMPLE, layer=1, head=0, tokenizer=None):
 
     page = view(model, tokenizer, text, layer=layer, head=head)
     if "DSV3_NB_STATIC" in os.environ:
-        alt = f"{text!r}, one box per token, coloured and numbered by the token's heaviest expert; below it the gates of "
-        return show(page.figure(), alt + f"all experts, attention of layer {layer}, head {head}, and the loss of each token.")
+        alt = f"{text!r}, one box per token, coloured and numbered by the token's heaviest expert; below it the "
+        alt += f"gates of all experts, attention of layer {layer}, head {head}, and the loss of each token."
+        return show(page.figure(), alt)
     import ipywidgets as widgets
 
     box = widgets.Textarea(text, description="your text", continuous_update=False, layout={"width": "100%"})
@@ -121,4 +122,4 @@ def explore(model, text=SAMPLE, layer=1, head=0, tokenizer=None):
             below.value = html.escape(str(error))
 
     box.observe(read, "value")
-    display(widgets.VBox([box, below]))
+    return widgets.VBox([box, below])

@@ -9,7 +9,6 @@ const page = {};  // elements that are drawn again
 let data, model, sources, state, text, T;  // data: as in the page, but arrays are functions
 
 // ---- Small tools ----
-
 function el(tag, attributes = {}, ...children) {
   const drawn = ["svg", "path", "text"].includes(tag);
   const node = drawn ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
@@ -128,7 +127,6 @@ function pick(name, options, value, set) {
 }
 
 // ---- 1. Text ----
-
 function buildText() {
   page.main.append(el("h1", {}, model.name), el("p", { class: "soft" }, model.summary));
   for (const note of data.notes) page.main.append(el("p", { class: "note", role: "note" }, note));
@@ -201,7 +199,6 @@ function drawChosen() {
 }
 
 // ---- 2. Routing ----
-
 function buildRouting() {
   const limit = model.groups > 1 ? `, all from its ${model.kept} best groups (the others are hatched)` : "";
   const body = section("routing", "Routing", `A router scores all experts and sends the token to the ${model.chosen} with the ` +
@@ -274,7 +271,6 @@ function loadMap(ratio, told = () => "") {
 }
 
 // ---- 3. Attention ----
-
 const attention = (query, key) => state.attention(now.layer, now.head, query * (query + 1) / 2 + key);
 const headsKept = () => state.attention.shape[1];
 
@@ -285,12 +281,14 @@ function buildAttention() {
   page.heads = range(model.layers).flatMap(layer => range(model.heads).map(head => el("button", {
     "data-layer": layer, "data-head": head, onclick: () => open(layer, head),
   })));
-  const grid = el("div", { style: `grid-template-columns:auto repeat(${model.heads}, auto)` }, el("span"), ...range(model.heads).map(head => el("span", { class: "soft" }, `head ${head}`)));
+  const style = `grid-template-columns:auto repeat(${model.heads}, auto)`;
+  const grid = el("div", { style }, el("span"), ...range(model.heads).map(head => el("span", { class: "soft" }, `head ${head}`)));
   range(model.layers).forEach(layer => grid.append(el("span", { class: "soft" }, `layer ${layer} `),
     ...page.heads.slice(layer * model.heads, (layer + 1) * model.heads)));
   arrows(grid, page.heads, () => now.layer * model.heads + now.head, i => open(Math.floor(i / model.heads), i % model.heads));
   page.large = el("div", { id: "large", class: "columns" });
-  body.append(el("div", { class: "columns" }, el("div", { id: "heads", role: "group", "aria-label": "layers by heads" }, grid), page.large));
+  const heads = el("div", { id: "heads", role: "group", "aria-label": "layers by heads" }, grid);
+  body.append(el("div", { class: "columns" }, heads, page.large));
 }
 
 function open(layer, head) {
@@ -382,7 +380,6 @@ function lines(query) {
 }
 
 // ---- 4. Prediction ----
-
 function buildPrediction() {
   const body = section("prediction", "Prediction", "The five likeliest next tokens after the chosen one; what really came has a frame. " +
     (model.mtp ? "An MTP module looks further ahead and has also read the tokens in between. " : "This model has no MTP modules. ") +
@@ -416,12 +413,12 @@ function drawLosses() {
     const most = Math.max(...values), mean = values.reduce((sum, v) => sum + v, 0) / (T - ahead);
     const bars = values.map((v, i) => el("i", { style: `--v:${(v ?? 0) / most || 0}`, onclick: () => choose(i),
       title: v === null ? "nothing predicts this token" : `${piece(text[i])}: ${v.toFixed(2)} nats` }));
-    return el("figure", {}, el("div", { class: T > 200 ? "losses long" : "losses" }, ...bars), el("figcaption", {}, `${label(s)}: mean ${mean.toFixed(2)}, most ${most.toFixed(2)} nats per token`));
+    const row = el("div", { class: T > 200 ? "losses long" : "losses" }, ...bars);
+    return el("figure", {}, row, el("figcaption", {}, `${label(s)}: mean ${mean.toFixed(2)}, most ${most.toFixed(2)} nats per token`));
   }));
 }
 
 // ---- 5. Corpus ----
-
 function buildCorpus() {
   const body = section("corpus", "Corpus", "What the experts read in a longer text, beside a model of the same sizes with random " +
     "weights: routing that needs no training shows there too.");
@@ -430,7 +427,8 @@ function buildCorpus() {
   const loads = Object.entries(parts).map(([kind, part]) => el("div", {}, el("h3", {}, `load, ${kind}`), loadMap(part.load)));
   page.lift = el("div");
   body.append(el("p", {}, `${tokens.toLocaleString("en")} tokens were read. Rows are layers, columns experts: blue less, orange more ` +
-    "than the fair share; full colour at a quarter and at four times. Co-activation: how often two experts share a token."), el("div", { class: "columns" }, ...loads),
+    "than the fair share; full colour at a quarter and at four times. Co-activation: how often two experts share a token."),
+  el("div", { class: "columns" }, ...loads),
   pick("MoE layer", moeLayers(), last, l => drawCorpus(+l, Object.entries(parts))), page.lift);
   drawCorpus(last, Object.entries(parts));
 }
@@ -453,7 +451,6 @@ function drawCorpus(l, parts) {
 }
 
 // ---- All together ----
-
 function choose(token) {
   now.token = token;
   if (now.colour === "attention") drawTokens();
@@ -489,8 +486,7 @@ async function main() {
   [T] = data.tokens.shape;
   text = range(T).map(i => data.tokens(i));
   state = data.states.at(-1);
-  const near = model.moe_layers.map(layer => Math.abs(layer - data.open.layer));
-  Object.assign(now, data.open, { moe: Math.max(0, near.indexOf(Math.min(...near))), colour: near.length ? "group" : "loss" });
+  Object.assign(now, data.open);
   page.main = document.body.appendChild(el("main"));
   build();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", build);

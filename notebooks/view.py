@@ -15,7 +15,7 @@ The page holds one JSON object, <script id="data" type="application/json">:
   notes       what a reader must know, such as a text that was cut
   vocabulary  ids, and pieces: their visible spelling; other fields hold places in these two
   tokens      (T) the text
-  open        token, layer and head that the page opens with
+  open        what the page opens with: token, layer, head, moe (a place in moe_layers), colour
   sources     who predicts: name, and ahead: how far behind the last token read the predicted one is
   states      one for each checkpoint: name and, for l of moe_layers, layers i, heads h, sources s,
               score (l, T, E), bias (l, E), expert and gate and by_bias (l, T, K), cut (l, T, G),
@@ -350,7 +350,9 @@ def view(model, tokenizer, text, checkpoints=None, corpus=None, layer=None, head
     if corpus is not None:
         corpus, _ = read_text(model, tokenizer, corpus, CORPUS, CORPUS)
     data = page_data(model, tokenizer, ids, checkpoints or [], corpus, name)
-    return View(data | {"notes": notes, "open": {"layer": layer, "head": head, "token": len(ids) // 2}})
+    near = [abs(each - layer) for each in data["model"]["moe_layers"]]  # layers with experts
+    opened = {"token": len(ids) // 2, "layer": layer, "head": head, "moe": near.index(min(near)) if near else 0}
+    return View(data | {"notes": notes, "open": opened | {"colour": "group" if near else "loss"}})
 
 def parser():
     """The command line."""

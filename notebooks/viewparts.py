@@ -8,6 +8,7 @@ import zlib
 import numpy as np
 import torch
 from matplotlib import font_manager
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -60,8 +61,9 @@ def spell(tokenizer, ids):
 # ---- Arrays as JSON --------------------------------------------------------------------------------
 
 def deflate(raw):
-    """Bytes as base64 of a zlib stream."""
-    return base64.b64encode(zlib.compress(raw, 9)).decode()
+    """Bytes as base64 of a zlib stream; noise is shorter without a search for repeats."""
+    streams = (zlib.compressobj(9, strategy=how) for how in (zlib.Z_DEFAULT_STRATEGY, zlib.Z_HUFFMAN_ONLY))
+    return base64.b64encode(min((stream.compress(raw) + stream.flush() for stream in streams), key=len)).decode()
 
 def pack(values, levels=None, power=1):
     """An array of the page; numbers that are not whole are rounded to `levels` steps from least to most.
@@ -95,7 +97,7 @@ def draw(data):
     left, middle, right = bottom.subplots(1, 3, width_ratios=(1, 1.2, 0.55))
     moe = model["moe_layers"]
     if moe:  # the opened layer, or the nearest with experts
-        at = min(range(len(moe)), key=lambda i: abs(moe[i] - opened["layer"]))
+        at = opened["moe"]
         expert, gate = (unpack(state[name])[at] for name in ("expert", "gate"))
         heaviest = expert[:, 0].long().tolist()
         strip(top, model, tokens, places, heaviest, f"layer {moe[at]}: each token's heaviest expert; colour = its ")
@@ -143,7 +145,7 @@ def strip(figure, model, tokens, places, heaviest, title):
 def gates(figure, ax, model, tokens, expert, gate, title):
     """Tokens by experts: who reads what, and how much it counts."""
     table = gate.new_zeros(len(tokens), model["experts"]).scatter(-1, expert.long(), gate)
-    image = ax.imshow(table, cmap="cividis", aspect="auto", vmin=0, interpolation="nearest")
+    image = ax.imshow(table.numpy(), cmap="cividis", aspect="auto", vmin=0, interpolation="nearest")
     share = model["experts"] // model["groups"]
     for edge in range(share, model["experts"], share):
         ax.axvline(edge - 0.5, color="white", lw=1.2)
@@ -160,7 +162,7 @@ def attention(figure, ax, state, tokens, opened):
     table = cells.new_full((T, T), float("nan"))
     rows, columns = table.isnan().tril().nonzero(as_tuple=True)
     table[rows, columns] = cells[layer, head]
-    image = ax.imshow(table, cmap="cividis", vmin=0, interpolation="nearest")
+    image = ax.imshow(table.numpy(), cmap="cividis", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
     sink, distance = (float(unpack(state[name])[layer, head]) for name in ("sink", "distance"))
     told = f"{sink:.0%} on the first,\n{distance:.1f} tokens back on average"
     ax.set_title(f"layer {layer}, head {head}: attention; {told}", fontsize=10)
@@ -179,9 +181,10 @@ def losses(ax, data, state, T):
         values = loss[row, : T - source["ahead"]]
         places = range(source["ahead"], T)
         told = f"{source['name']}: mean {float(values.mean()):.2f}"
-        ax.plot(values, places, color=color, ls="-" if row == 0 else ":", marker=".", ms=4, lw=1, label=told)
+        ax.plot(values.numpy(), places, color=color, ls="-" if row == 0 else ":", marker=".", ms=4, lw=1, label=told)
     ax.set(ylim=(T - 0.5, -0.5), xlim=(0, None))
     ax.set_xlabel("nats", fontsize=9)
+    ax.set_ylabel("token", fontsize=9)
     ax.set_title("loss of each token", fontsize=10)
     ax.tick_params(labelsize=8)
     if T > 1:
