@@ -122,12 +122,13 @@ def gates_as_a_bias_moves(table, deltas, expert, token):
     ends = (deltas[0], deltas[-1], experts - 0.5, -0.5)
     image = ax.imshow(table.masked_fill(~chosen, torch.nan), aspect="auto", extent=ends, interpolation="nearest")
     fig.colorbar(image, ax=ax, label="gate (white: not chosen)")
-    for i in (chosen[:, 1:] != chosen[:, :-1]).any(0).nonzero().flatten().tolist():
+    for n, i in enumerate((chosen[:, 1:] != chosen[:, :-1]).any(0).nonzero().flatten().tolist()):
         x = (deltas[i] + deltas[i + 1]) / 2
         new, old = (set(chosen[:, j].nonzero().flatten().tolist()) for j in (i + 1, i))
         ax.axvline(x, color=COLORS[5], lw=1.5)
         told = "in " + ", ".join(map(str, sorted(new - old))) + "\nout " + ", ".join(map(str, sorted(old - new)))
-        ax.text(x, -0.7, told, ha="center", va="bottom", fontsize=9, color=COLORS[5])
+        side = ("right", "left")[n % 2]  # neighbours do not overlap
+        ax.text(x, -0.7, told, ha=side, va="bottom", fontsize=9, color=COLORS[5])
     for edge in range(experts // 4, experts, experts // 4):
         ax.axhline(edge - 0.5, color="0.6", lw=1, ls=":")
     ax.set(ylabel="expert (dotted: groups)", yticks=range(experts), xlabel=f"added to the bias of expert {expert}")
@@ -137,7 +138,7 @@ def gates_as_a_bias_moves(table, deltas, expert, token):
 
 def groups_of_tokens(text, gates, allowed, touched):
     """Left: gates (T, E) of a text, groups out of reach grey. Right: histograms of groups touched, by name."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 5.4), width_ratios=(1.5, 1))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 7.2), width_ratios=(1.5, 1))
     left.imshow(allowed, cmap="Greys_r", vmin=-3.5, vmax=1, aspect="auto")
     shown_gates = gates.masked_fill(gates == 0, torch.nan)
     image = left.imshow(shown_gates, vmin=0, aspect="auto", interpolation="nearest")

@@ -364,7 +364,7 @@ def test_a_kept_key_of_a_config_reads_like_a_field():
 
 # ---- Saving -------------------------------------------------------------------------------------
 
-ALONG = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "spiece.model"]
+ALONG = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "tiktoken.model"]
 
 def test_tokenizer_files_come_along_and_none_is_overwritten(tmp_path):
     build().save_pretrained(tmp_path / "old")
