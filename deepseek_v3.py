@@ -911,8 +911,8 @@ class PreTrainedModel(nn.Module):
     def gradient_checkpointing(self, value: bool) -> None:
         self.base_model.recompute = value
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        """transformers' way to set it; its keyword arguments change nothing here."""
+    def gradient_checkpointing_enable(self, **_: Any) -> None:
+        """transformers' way to set it; its keyword arguments change nothing, each layer is recomputed."""
         self.gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
@@ -943,8 +943,10 @@ class PreTrainedModel(nn.Module):
         self.tie_weights()
         return self.get_input_embeddings()
 
-    def num_parameters(self, only_trainable: bool = False) -> int:
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        left_out = {id(self.get_input_embeddings().weight)} if exclude_embeddings else ()
+        counted = (p for p in self.parameters() if id(p) not in left_out)
+        return sum(p.numel() for p in counted if p.requires_grad or not only_trainable)
 
     @property
     def device(self) -> torch.device:

@@ -27,8 +27,9 @@ def drafted_text(rows, marks, lines=2):
                 ax.text(-0.3, y, name, ha="right", va="center")
         if isinstance(mark, int):
             y = -3.7 * line - len(rows)
-            ax.text(x + 0.47, y, shown(mark), ha="center", va="center", family="monospace", color=COLORS[5])
-            ax.plot([x + 0.12, x + 0.82], [y, y], color=COLORS[5], lw=1.5)
+            look = {"family": "monospace", "fontsize": 12, "color": COLORS[5]}
+            ax.text(x + 0.47, y, shown(mark), ha="center", va="center", **look)
+            ax.plot([x + 0.15, x + 0.8], [y - 0.35, y + 0.35], color=COLORS[5], lw=1)
     for line in range(lines):
         ax.text(-0.3, -3.7 * line - len(rows), "rejected", ha="right", va="center", color=COLORS[5])
     ax.set(xlim=(-3.4, half + 0.2), ylim=(-3.7 * lines + 0.9, 0.7))

@@ -178,7 +178,7 @@ function drawTokens() {
   const colours = tokenColours(), grouped = now.colour === "group";
   if (grouped) {
     const chips = range(Math.min(model.groups, 8)).map(g => [el("span", { class: "swatch", style: `background:${GROUP[g]}` }), g]);
-    page.legend.replaceChildren(...(model.groups > 1 ? ["group", ...chips.flat()] : []), " the number is the heaviest expert's");
+    page.legend.replaceChildren(...(model.groups > 1 ? ["group", ...chips.flat(), "; "] : []), "the number is the heaviest expert's");
   }
   page.moe.hidden = !grouped;
   page.tokens.forEach((node, i) => {
@@ -330,7 +330,7 @@ function drawLarge() {
 }
 
 function matrix() {
-  const named = T <= 64, room = Math.min(496, page.main.clientWidth - 16), margin = named ? 92 : 36;
+  const named = T <= 64, room = Math.min(484, page.main.clientWidth - 16), margin = named ? 92 : 36;
   const side = (room - margin) / T, label = `attention of layer ${now.layer}, head ${now.head}: queries by keys`;
   const { canvas, pen, at } = drawing(room, room - (named ? 0 : margin - 24), label);
   const read = el("div", { class: "read" }, "Point at a cell to read its share.");

@@ -497,3 +497,16 @@ def test_transformers_reads_fp8_where_blocks_are_whole(tmp_path):
     model.save_pretrained(tmp_path, quantize="fp8")
     other = theirs(tmp_path, quantization_config=transformers.FineGrainedFP8Config(dequantize=True))
     close(other(IDS).logits, load(tmp_path, dtype=torch.float32)(IDS).logits, 1e-4)
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_transformers_trainer_trains(tmp_path, recompute):
+    model, ids = build(), tokens(4, 9)
+    rows = [{"input_ids": row, "labels": row} for row in ids] * 5
+    how = dict(max_steps=10, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2)
+    quiet = dict(report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True, use_cpu=True)
+    settings = transformers.TrainingArguments(str(tmp_path), gradient_checkpointing=recompute, **how, **quiet)
+    trainer = transformers.Trainer(model, settings, train_dataset=rows)
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert len(losses) == 10 and losses[-1] < losses[0] - 0.5
+    assert model.gradient_checkpointing == recompute

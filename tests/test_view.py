@@ -46,8 +46,7 @@ def show(browser, tmp_path):
     yield opened
     assert told == [file.as_uri()]
 
-def found(page, selector):
-    """The data-* of all elements of a selector."""
+def found(page, selector):  # their data-*
     return page.eval_on_selector_all(selector, "nodes => nodes.map(node => ({...node.dataset}))")
 
 @pytest.mark.parametrize("kind", KINDS)
