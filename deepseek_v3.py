@@ -911,7 +911,7 @@ class PreTrainedModel(nn.Module):
     def gradient_checkpointing(self, value: bool) -> None:
         self.base_model.recompute = value
 
-    def gradient_checkpointing_enable(self, **_: Any) -> None:
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **_: Any) -> None:
         """transformers' way to set it; its keyword arguments change nothing, each layer is recomputed."""
         self.gradient_checkpointing = True
 

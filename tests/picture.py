@@ -31,7 +31,7 @@ def draw(directory):
     weights = torch.zeros(len(ids), E).scatter(-1, routing.indices[0], routing.weights[0])
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.6), width_ratios=(1, 1.1))
     image = left.imshow(weights, cmap="cividis", aspect="auto", vmin=0)
-    words = [repr(tokenizer.decode([i]))[1:-1].replace(" ", "·") for i in ids]
+    words = [repr(tokenizer.decode([i]) or "‹begin›")[1:-1].replace(" ", "·") for i in ids]
     left.set_yticks(range(len(ids)), words, family="monospace", fontsize=9)
     left.set_xticks(range(E))
     for edge in range(E // G, E, E // G):

@@ -307,7 +307,7 @@ def test_every_saved_state_resumes_with_the_same_weights_bias_and_losses(words, 
 def test_on_two_threads_the_same_command_gives_the_same_numbers(words, tmp_path):
     """Also killed and resumed, recomputed, accumulated; x[order // K] in the experts differs behind 11 steps."""
     (tmp_path / "c.json").write_text(json.dumps(SMALL | dict(num_experts_per_tok=4, topk_group=2)))
-    large = replaced(words, config=tmp_path / "c.json", batch=8, length=64, steps=60)
+    large = replaced(words, config=tmp_path / "c.json", batch=8, length=64, steps=40)
     assert program("threads", large, tmp_path, 2) == [True] * 4
 
 def test_a_label_weighs_the_same_in_whatever_part_and_process_it_is(words, tmp_path):
