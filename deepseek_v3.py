@@ -746,7 +746,7 @@ class Experts(nn.Module):
         hidden = F.silu(product(rows, gate, offs=ends)) * product(rows, up, offs=ends)  # (B*T*K, F)
         visits = product(hidden, down, offs=ends)  # (B*T*K, D)
         visits = torch.empty_like(visits).index_copy_(0, order, visits).unflatten(0, weights.shape)
-        return (weights.unsqueeze(1).to(visits.dtype) @ visits).squeeze(1)  # (B*T, D) Eq. 12
+        return (visits * weights.unsqueeze(-1)).sum(-2)  # (B*T, D) Eq. 12
 
 class MoE(nn.Module):
     """Shared experts for every token, K routed ones by choice, Eq. 12; x (B, T, D) -> the same, Routing."""
