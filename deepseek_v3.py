@@ -1714,6 +1714,16 @@ class Prompt:
             hidden, cache = hidden.repeat_interleave(rows, 0), cache.repeat_interleave(rows)
         return hidden, cache
 
+def aligned(hidden: Tensor, tokens: Tensor, real: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """States (B, T, D) and tokens (B, T), padded to the slots of the cache -> the same, known (B, S).
+
+    MTP modules leave out the slots whose token or state is not at hand: embeddings, or what a call
+    before has read. `real` (B, S) is False at padding.
+    """
+    S, held = real.shape[1], min(hidden.shape[1], tokens.shape[1])
+    known = real & (torch.arange(S, device=real.device) >= S - held)
+    return F.pad(hidden, (0, 0, S - hidden.shape[1], 0)), F.pad(tokens, (S - tokens.shape[1], 0)), known
+
 def decode(
     model: DeepseekV3ForCausalLM, prompt: Prompt, sampling: Sampling, most_drafts: int, gained: Continuation
 ) -> None:
@@ -1724,11 +1734,8 @@ def decode(
     documents = torch.ones(len(hidden), cache.length, dtype=torch.long, device=gained.ids.device)
     documents = documents if cache.documents is None else cache.documents  # (B, S)
     known, window, start = documents > 0, gained.ids, cache.length  # (B, S), (B, T)
-    if most_drafts:  # MTP modules leave out slots whose token or state is not at hand
-        unread = cache.length - min(hidden.shape[1], window.shape[1])
-        hidden = F.pad(hidden, (0, 0, cache.length - hidden.shape[1], 0))  # (B, S, D)
-        window = F.pad(window, (cache.length - window.shape[1], 0))  # (B, S)
-        known = known & (torch.arange(cache.length, device=known.device) >= unread)
+    if most_drafts:
+        hidden, window, known = aligned(hidden, window, known)
     last = last_real_token(hidden, None, documents, None)  # (B)
     newest = hidden[torch.arange(len(last), device=last.device), last].unsqueeze(1)
     logits = model.lm_head(newest)  # (B, 1, vocab)
@@ -1807,6 +1814,21 @@ TWINS = {
     "youtu": ("Youtu", {"tie_word_embeddings": True}),  # dense layers alone
 }
 
+def twin_values(kind, given, values):
+    """Into `given`, what GLM and Youtu say otherwise, or leave to be computed; `values` are the defaults."""
+    if kind == "glm4_moe_lite" and given.get("mlp_layer_types"):
+        types = given.pop("mlp_layer_types")
+        given["first_k_dense_replace"] = dense = (*types, "sparse").index("sparse")
+        ordered = types == ["dense"] * dense + ["sparse"] * (len(types) - dense)
+        require(ordered, f"mlp_layer_types={types!r}: must be 'dense' layers, then 'sparse' ones")
+    if kind == "youtu":
+        given["first_k_dense_replace"] = given.get("num_hidden_layers", values["num_hidden_layers"])
+        width = given.get("hidden_size", values["hidden_size"])
+        if given.get("initializer_range") is None and isinstance(width, int) and width > 0:
+            given["initializer_range"] = 2 / (5 * width) ** 0.5
+        if given.get("embedding_initializer_range") is None and "initializer_range" in given:
+            given["embedding_initializer_range"] = 2 * given["initializer_range"]
+
 def config_values(given):
     """The fields of a config and `extra`, from keywords in any of the spellings in use."""
     kind = given.get("model_type")
@@ -1826,18 +1848,7 @@ def config_values(given):
         values["num_labels"] = len(given["id2label"])
     if given.get("num_key_value_heads") is None:
         given["num_key_value_heads"] = given.get("num_attention_heads", values["num_attention_heads"])
-    if kind == "glm4_moe_lite" and given.get("mlp_layer_types"):
-        types = given.pop("mlp_layer_types")
-        given["first_k_dense_replace"] = dense = (*types, "sparse").index("sparse")
-        ordered = types == ["dense"] * dense + ["sparse"] * (len(types) - dense)
-        require(ordered, f"mlp_layer_types={types!r}: must be 'dense' layers, then 'sparse' ones")
-    if kind == "youtu":
-        given["first_k_dense_replace"] = given.get("num_hidden_layers", values["num_hidden_layers"])
-        width = given.get("hidden_size", values["hidden_size"])
-        if given.get("initializer_range") is None and isinstance(width, int) and width > 0:
-            given["initializer_range"] = 2 / (5 * width) ** 0.5
-        if given.get("embedding_initializer_range") is None and "initializer_range" in given:
-            given["embedding_initializer_range"] = 2 * given["initializer_range"]
+    twin_values(kind, given, values)
     values = {name: given.pop(name, default) for name, default in values.items()}
     scaling = values["rope_scaling"]
     if isinstance(scaling, dict) and scaling.get("rope_type", scaling.get("type")) == "default":
